@@ -1,0 +1,70 @@
+"""Neural networks that add instead of multiply, in JAX and Flax NNX.
+
+`jadder.ops` has the adder and Euclid products, `jadder.rules` their gradient rules, `jadder.nn`
+the layers, `jadder.optim` the optimizers and `jadder.models` whole networks. The names here are
+those that most programs need.
+"""
+
+from jadder import nn, ops, optim, rules
+from jadder.nn import (
+    AdderAttention,
+    AdderConv,
+    AdderConvTranspose,
+    AdderKernel,
+    AdderLinear,
+    EuclidConv,
+    EuclidConvTranspose,
+    EuclidLinear,
+    ScaledAdderLinear,
+    adder_mask,
+    adderize,
+)
+from jadder.ops import (
+    adder_conv,
+    adder_conv_general_dilated,
+    adder_dot_general,
+    adder_einsum,
+    adder_matmul,
+    euclid_conv,
+    euclid_conv_general_dilated,
+    euclid_dot_general,
+    euclid_matmul,
+)
+from jadder.optim import adder_adamw, adder_sgd, scale_by_adder
+from jadder.rules import ADDER_VIT, ADDERNET, SIGN, GradientRule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADDERNET",
+    "ADDER_VIT",
+    "SIGN",
+    "AdderAttention",
+    "AdderConv",
+    "AdderConvTranspose",
+    "AdderKernel",
+    "AdderLinear",
+    "EuclidConv",
+    "EuclidConvTranspose",
+    "EuclidLinear",
+    "GradientRule",
+    "ScaledAdderLinear",
+    "adder_adamw",
+    "adder_conv",
+    "adder_conv_general_dilated",
+    "adder_dot_general",
+    "adder_einsum",
+    "adder_mask",
+    "adder_matmul",
+    "adder_sgd",
+    "adderize",
+    "euclid_conv",
+    "euclid_conv_general_dilated",
+    "euclid_dot_general",
+    "euclid_matmul",
+    "nn",
+    "ops",
+    "optim",
+    "rules",
+    "scale_by_adder",
+]

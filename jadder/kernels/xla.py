@@ -1,0 +1,344 @@
+"""The adder products as loops that XLA compiles for any platform.
+
+XLA has no instruction for a sum of absolute differences, and a broadcast difference that is
+reduced afterwards writes an (M, K, N) array or runs at a hundredth of the hardware's speed. Here a
+loop runs over the terms of the sum. Each turn adds a chunk of terms, unrolled, to an accumulator
+of the output's shape in one elementwise fusion, whose lanes are the output's last dimension.
+
+The operands of a turn are carried over from the turn before it. That keeps XLA's CPU compiler from
+fusing the slices that cut them out into the unrolled arithmetic, which otherwise happens for short
+chunks and makes the loop six to eight times slower.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jadder.kernels.spec import (
+    ConvSpec,
+    Phase,
+    Phases,
+    forward_phases,
+    reach,
+    transpose_phases,
+)
+from jadder.kernels.varying import zeros_like_operands
+from jadder.rules import Clip
+
+CHUNK = 16  # terms unrolled in one fusion: fewer cost memory traffic, more spill registers
+BLOCK_ROWS = 256  # patches cut out at a time for a bounded kernel gradient
+
+
+def matmul(x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
+    """y[b, m, n] = -Σ_k |x[b, m, k] - w[b, k, n]|."""
+    steps, chunk = _chunks(x.shape[2])
+    x = _pad_to(x, 2, steps * chunk)
+    w = jnp.swapaxes(_pad_to(w, 1, steps * chunk), 0, 1)[:, :, None]
+
+    def load(i: Array | int) -> tuple[Array, Array]:
+        rows = lax.dynamic_slice_in_dim(x, i * chunk, chunk, 2)
+        lanes = lax.dynamic_slice_in_dim(w, i * chunk, chunk, 0)
+        return rows.astype(out_dtype), lanes.astype(out_dtype)
+
+    y = zeros_like_operands((*x.shape[:2], w.shape[3]), out_dtype, x, w)
+    return _sum_terms(y, steps, load, lambda row, lane: -jnp.abs(row - lane))
+
+
+def matmul_dx(x: Array, w: Array, g: Array, clip: Clip, *, out_dtype: DTypeLike) -> Array:
+    """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
+    steps, chunk = _chunks(w.shape[2])
+    g = _pad_to(g, 2, steps * chunk)
+    w = jnp.moveaxis(_pad_to(w, 2, steps * chunk), 2, 0)[:, :, None]
+    x = x.astype(out_dtype)
+
+    def load(i: Array | int) -> tuple[Array, Array]:
+        rows = lax.dynamic_slice_in_dim(g, i * chunk, chunk, 2)
+        lanes = lax.dynamic_slice_in_dim(w, i * chunk, chunk, 0)
+        return rows.astype(out_dtype), lanes.astype(out_dtype)
+
+    dx = zeros_like_operands(x.shape, out_dtype, x, w, g)
+    return _sum_terms(dx, steps, load, lambda row, lane: clip(lane - x) * row)
+
+
+def matmul_dw(x: Array, w: Array, g: Array, clip: Clip, *, out_dtype: DTypeLike) -> Array:
+    """dw[b, k, n] = Σ_m ψ(x[b, m, k] - w[b, k, n]) g[b, m, n]."""
+    steps, chunk = _chunks(x.shape[1])
+    x, g = _pad_to(x, 1, steps * chunk), _pad_to(g, 1, steps * chunk)
+    w = w.astype(out_dtype)
+
+    def load(i: Array | int) -> tuple[Array, Array]:
+        rows = jnp.swapaxes(lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1), 1, 2)
+        lanes = jnp.swapaxes(lax.dynamic_slice_in_dim(g, i * chunk, chunk, 1), 0, 1)[:, :, None]
+        return rows.astype(out_dtype), lanes.astype(out_dtype)
+
+    dw = zeros_like_operands(w.shape, out_dtype, x, w, g)
+    return _sum_terms(dw, steps, load, lambda row, lane: clip(row - w) * lane)
+
+
+def conv(x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
+    """y[b, o, f] = -Σ_{tap, c} |x[b, position(o, tap), c] - w[tap, c, f]|, zeros taking part."""
+    window, groups = w.shape[:-2], spec.feature_group_count
+    x, w = _split_groups(x, groups), _by_tap(w, groups)
+    magnitude = jnp.sum(jnp.abs(w.astype(out_dtype)), axis=1)
+
+    def phase_sum(source: Array, phase: _Targets) -> Array:
+        y = zeros_like_operands((x.shape[0], *phase.counts, *w.shape[2:]), out_dtype, x, w)
+        absent = [tap for tap in range(len(w)) if tap not in phase.taps]
+        if absent:  # these taps meet only the zeros that input dilation inserts: |0 - w|
+            y = y - jnp.sum(magnitude[jnp.array(absent)], axis=0)
+        return _sum_taps(y, source, w, phase, lambda row, lane: -jnp.abs(row - lane))
+
+    dimensions = forward_phases(spec, x.shape[1:-2], window)
+    return _merge_groups(_each_phase(x, dimensions, window, phase_sum))
+
+
+def conv_dx(
+    x: Array, w: Array, g: Array, spec: ConvSpec, clip: Clip, *, out_dtype: DTypeLike
+) -> Array:
+    """dx[b, p, c] = Σ_{tap, f} ψ(w[tap, c, f] - x[b, p, c]) g[b, output(p, tap), f]."""
+    window, groups = w.shape[:-2], spec.feature_group_count
+    x, g = _split_groups(x, groups), _split_groups(g, groups)
+    w = jnp.swapaxes(_by_tap(w, groups), 1, 3)
+    dimensions = transpose_phases(spec, x.shape[1:-2], window)
+    periods = [dimension.period for dimension in dimensions]
+
+    def phase_sum(source: Array, phase: _Targets) -> Array:
+        every = (slice(r, None, p) for r, p in zip(phase.residues, periods, strict=True))
+        target = x[(slice(None), *every)].astype(out_dtype)
+        dx = zeros_like_operands(target.shape, out_dtype, x, w, g)
+        return _sum_taps(dx, source, w, phase, lambda row, lane: clip(lane - target) * row)
+
+    return _merge_groups(_each_phase(g, dimensions, window, phase_sum))
+
+
+def conv_dw(
+    x: Array, w: Array, g: Array, spec: ConvSpec, clip: Clip, *, out_dtype: DTypeLike
+) -> Array:
+    """dw[tap, c, f] = Σ_{b, o} ψ(x[b, position(o, tap), c] - w[tap, c, f]) g[b, o, f].
+
+    Patches are cut out for a few rows of outputs at a time and multiplied as matrices are.
+    """
+    window, groups = w.shape[:-2], spec.feature_group_count
+    batch, first, *rest = g.shape[:-1]
+    block = max(1, min(first, BLOCK_ROWS // max(1, math.prod(rest))))
+    blocks = -(-first // block)
+    filters = jnp.moveaxis(_by_tap(w, groups), 2, 0).reshape(groups, -1, w.shape[-1] // groups)
+
+    stride, dilation = spec.window_strides[0], spec.rhs_dilation[0]
+    g = _pad_to(g, 1, blocks * block)
+    x = _pad_to(_dilate(x, spec), 1, (blocks * block - 1) * stride + (window[0] - 1) * dilation + 1)
+    seen = (block - 1) * stride + (window[0] - 1) * dilation + 1
+
+    def add_block(i: Array, dw: Array) -> Array:
+        image, row = i // blocks, i % blocks * block
+        x_block = _cut(x, image, row * stride, seen)
+        g_block = _split_groups(_cut(g, image, row, block), groups)
+        patches = _patches(_split_groups(x_block, groups), (block, *rest), window, spec)
+        g_rows = jnp.moveaxis(g_block.reshape(-1, *g_block.shape[-2:]), 1, 0)
+        return dw + matmul_dw(patches, filters, g_rows, clip, out_dtype=out_dtype)
+
+    dw = zeros_like_operands(filters.shape, out_dtype, x, w, g)
+    dw = lax.fori_loop(0, batch * blocks, add_block, dw)
+    return jnp.moveaxis(dw, 0, 1).reshape(w.shape)
+
+
+class _Targets(NamedTuple):
+    """One residue class of targets in each dimension, and the taps that all of them meet."""
+
+    residues: tuple[int, ...]
+    counts: tuple[int, ...]
+    steps: tuple[int, ...]
+    taps: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+
+
+def _sum_terms(
+    total: Array,
+    steps: int,
+    load: Callable[[Array | int], tuple[Array, Array]],
+    term: Callable[[Array, Array], Array],
+) -> Array:
+    """Adds term(rows[..., c], lanes[c]) for every c of each of ``steps`` loaded chunks."""
+
+    def add_chunk(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        total, rows, lanes = carry
+        for c in range(lanes.shape[0]):
+            total = total + term(rows[..., c : c + 1], lanes[c])
+        return total, *load(i + 1)
+
+    return lax.fori_loop(0, steps, add_chunk, (total, *load(0)))[0]
+
+
+def _sum_taps(
+    total: Array,
+    source: Array,
+    w: Array,
+    phase: _Targets,
+    term: Callable[[Array, Array], Array],
+) -> Array:
+    """Adds the terms of every tap of ``phase``; source (b, *spatial, G, C), w (taps, C, G, lanes)."""
+    if not phase.taps:
+        return total
+    steps, chunk = _chunks(source.shape[-1], turns=len(phase.taps))
+    at_once = _taps_at_once(len(phase.taps), source.shape[-1]) if steps == 1 else 1
+    source, w = _pad_to(source, source.ndim - 1, steps * chunk), _pad_to(w, 1, steps * chunk)
+    turns = len(phase.taps) // at_once
+    taps = jnp.array(phase.taps, jnp.int32).reshape(turns, at_once)
+    starts = jnp.array(phase.starts, jnp.int32).reshape(turns, at_once, len(phase.counts))
+    extent = [(n - 1) * step + 1 for n, step in zip(phase.counts, phase.steps, strict=True)]
+    every = (slice(None), *(slice(None, None, step) for step in phase.steps))
+
+    def load(i: Array | int) -> tuple[Array, Array]:
+        i, zero = jnp.asarray(i, jnp.int32), jnp.int32(0)
+        turn_taps = lax.dynamic_index_in_dim(taps, i // steps, keepdims=False)
+        turn_starts = lax.dynamic_index_in_dim(starts, i // steps, keepdims=False)
+        channel = i % steps * chunk
+        rows, lanes = [], []
+        for tap, start in zip(turn_taps, turn_starts, strict=True):
+            window = lax.dynamic_slice(
+                source,
+                (zero, *start, zero, channel),
+                (source.shape[0], *extent, source.shape[-2], chunk),
+            )
+            rows.append(window[every])
+            one_tap = (1, chunk, *w.shape[2:])
+            lanes.append(lax.dynamic_slice(w, (tap, channel, zero, zero), one_tap)[0])
+        row, lane = jnp.concatenate(rows, -1), jnp.concatenate(lanes, 0)
+        return row.astype(total.dtype), lane.astype(total.dtype)
+
+    return _sum_terms(total, turns * steps, load, term)
+
+
+def _chunks(terms: int, *, turns: int = 1) -> tuple[int, int]:
+    """How to cut ``terms`` for each of ``turns``: (chunks, terms of a chunk), little left over.
+
+    A loop of a single turn would be inlined, and its slices fused into the arithmetic.
+    """
+    steps = -(-terms // CHUNK)
+    if steps * turns == 1 and terms > 1:
+        steps = 2
+    return steps, -(-terms // steps)
+
+
+def _taps_at_once(taps: int, channels: int) -> int:
+    """How many taps of few channels share a turn; at least two turns remain where there can be."""
+    fits = [n for n in range(1, taps) if taps % n == 0 and n * channels <= CHUNK]
+    return max(fits, default=1)
+
+
+def _each_phase(
+    source: Array,
+    dimensions: Sequence[Phases],
+    window: Sequence[int],
+    phase_sum: Callable[[Array, _Targets], Array],
+) -> Array:
+    """``phase_sum`` of every combination of residue classes, interleaved into one array."""
+    pads = [reach(d, n) for d, n in zip(dimensions, source.shape[1:-2], strict=True)]
+    padding = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0), (0, 0, 0)]
+    if any(low or high for low, high in pads):
+        source = lax.pad(source, jnp.zeros((), source.dtype), padding)
+    sums = [
+        phase_sum(source, _targets(phases, dimensions, window, [low for low, _ in pads]))
+        for phases in itertools.product(*(d.phases for d in dimensions))
+    ]
+    return _interleave(sums, dimensions)
+
+
+def _targets(
+    phases: Sequence[Phase],
+    dimensions: Sequence[Phases],
+    window: Sequence[int],
+    lows: Sequence[int],
+) -> _Targets:
+    """Joins one residue class of each dimension; starts count from the padded source's edge."""
+    taps, starts = [], []
+    for combination in itertools.product(*(phase.taps for phase in phases)):
+        flat = 0
+        for (tap, _), size in zip(combination, window, strict=True):
+            flat = flat * size + tap
+        taps.append(flat)
+        starts.append(tuple(s + low for (_, s), low in zip(combination, lows, strict=True)))
+    return _Targets(
+        residues=tuple(phase.residue for phase in phases),
+        counts=tuple(phase.count for phase in phases),
+        steps=tuple(dimension.step for dimension in dimensions),
+        taps=tuple(taps),
+        starts=tuple(starts),
+    )
+
+
+def _interleave(sums: Sequence[Array], dimensions: Sequence[Phases]) -> Array:
+    """The inverse of taking every period-th value, from each residue on, in each dimension."""
+    classes = [len(dimension.phases) for dimension in dimensions]
+    if len(sums) == 1:
+        return sums[0]
+    targets = [sum(phase.count for phase in dimension.phases) for dimension in dimensions]
+    for axis, dimension in enumerate(dimensions, start=1):
+        longest = dimension.phases[0].count
+        sums = [_pad_to(part, axis, longest) for part in sums]
+    spatial = len(dimensions)
+    stacked = jnp.stack(sums).reshape(*classes, *sums[0].shape)
+    order = [spatial]
+    for d in range(spatial):
+        order += [spatial + 1 + d, d]
+    stacked = jnp.transpose(stacked, (*order, *range(2 * spatial + 1, stacked.ndim)))
+    shape = [n * stacked.shape[2 + 2 * d] for d, n in enumerate(sums[0].shape[1 : spatial + 1])]
+    merged = stacked.reshape(stacked.shape[0], *shape, *stacked.shape[2 * spatial + 1 :])
+    return merged[(slice(None), *(slice(n) for n in targets))]
+
+
+def _patches(x: Array, out: Sequence[int], window: Sequence[int], spec: ConvSpec) -> Array:
+    """What each of ``out`` positions sees of x (*spatial, G, C): (G, positions, taps · C)."""
+    views = []
+    for tap in itertools.product(*(range(taps) for taps in window)):
+        index = tuple(
+            slice(t * dilation, t * dilation + (n - 1) * stride + 1, stride)
+            for t, n, stride, dilation in zip(
+                tap, out, spec.window_strides, spec.rhs_dilation, strict=True
+            )
+        )
+        views.append(x[index])
+    stacked = jnp.moveaxis(jnp.stack(views, axis=-2), -3, 0)
+    return stacked.reshape(stacked.shape[0], math.prod(out), -1)
+
+
+def _dilate(x: Array, spec: ConvSpec) -> Array:
+    """x with the zeros of padding and input dilation written out."""
+    interior = [
+        (low, high, dilation - 1)
+        for (low, high), dilation in zip(spec.padding, spec.lhs_dilation, strict=True)
+    ]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *interior, (0, 0, 0)])
+
+
+def _cut(array: Array, image: Array, row: Array, rows: int) -> Array:
+    """Rows of one image: (rows, *rest)."""
+    one = lax.dynamic_index_in_dim(array, image, keepdims=False)
+    return lax.dynamic_slice_in_dim(one, row, rows)
+
+
+def _by_tap(w: Array, groups: int) -> Array:
+    """A kernel (*window, C, F) as (taps, C, groups, F / groups)."""
+    return w.reshape(-1, w.shape[-2], groups, w.shape[-1] // groups)
+
+
+def _split_groups(array: Array, groups: int) -> Array:
+    return array.reshape(*array.shape[:-1], groups, array.shape[-1] // groups)
+
+
+def _merge_groups(array: Array) -> Array:
+    return array.reshape(*array.shape[:-2], array.shape[-2] * array.shape[-1])
+
+
+def _pad_to(array: Array, axis: int, size: int) -> Array:
+    """``array`` with zeros after its end along ``axis``, up to ``size``."""
+    missing = size - array.shape[axis]
+    if missing <= 0:
+        return array
+    padding = [(0, missing if d == axis else 0, 0) for d in range(array.ndim)]
+    return lax.pad(array, jnp.zeros((), array.dtype), padding)

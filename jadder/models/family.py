@@ -1,0 +1,151 @@
+"""Families of layers: what a model's products are made of."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+
+from jadder.nn import (
+    AdderConv,
+    AdderLinear,
+    EuclidConv,
+    EuclidLinear,
+    ScaledAdderLinear,
+)
+from jadder.rules import GradientRule
+
+KAIMING_NORMAL: Initializer = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+"""N(0, 2 / fan_out): the convolutions of the published ResNets."""
+
+PYTORCH_UNIFORM: Initializer = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""U(±1/√fan_in): what PyTorch gives a layer whose author chose nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """The layers that a model is built from. A model names layers, a family says which product.
+
+    Attributes:
+      name: 'adder', 'conv' or 'euclid', or your own.
+      conv_class: class with the arguments of ``nnx.Conv``.
+      linear_class: class with the arguments of ``nnx.Linear``.
+      projection_class: class with the arguments of ``nnx.Linear``, for a transformer's
+        projections and MLP.
+      conv_init: initializer of convolution kernels; None: the class's own.
+      linear_init: initializer of linear and projection kernels; None: the class's own.
+      rule: gradient rule of every adder product; None: each class's own (``ADDER_VIT`` for
+        projections, ``ADDERNET`` elsewhere).
+      implementation: see ``jadder.ops``; None: the best for the platform.
+
+    Example:
+      >>> import dataclasses, jadder
+      >>> sign = dataclasses.replace(get_family("adder"), rule=jadder.SIGN)
+      >>> sign.conv(3, 16, (3, 3), rngs=nnx.Rngs(0)).rule == jadder.SIGN
+      True
+    """
+
+    name: str
+    conv_class: type[nnx.Module]
+    linear_class: type[nnx.Module]
+    projection_class: type[nnx.Module]
+    conv_init: Initializer | None = None
+    linear_init: Initializer | None = None
+    rule: GradientRule | None = None
+    implementation: str | None = None
+
+    def conv(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: tuple[int, ...],
+        strides: int = 1,
+        *,
+        use_bias: bool = False,
+        **options: Any,
+    ) -> Any:
+        """A convolution, without bias by default; ``options`` are those of ``nnx.Conv``."""
+        options = self._options(self.conv_init, **options)
+        return self.conv_class(
+            in_features, out_features, kernel_size, strides, use_bias=use_bias, **options
+        )
+
+    def linear(
+        self, in_features: int, out_features: int, *, use_bias: bool = False, **options: Any
+    ) -> Any:
+        """A linear layer, without bias by default; ``options`` are those of ``nnx.Linear``."""
+        options = self._options(self.linear_init, **options)
+        return self.linear_class(in_features, out_features, use_bias=use_bias, **options)
+
+    def projection(
+        self, in_features: int, out_features: int, *, use_bias: bool = True, **options: Any
+    ) -> Any:
+        """A transformer's linear layer, with bias by default."""
+        options = self._options(self.linear_init, **options)
+        return self.projection_class(in_features, out_features, use_bias=use_bias, **options)
+
+    def _options(
+        self, kernel_init: Initializer | None, *, dtype: Dtype | None = None, **options: Any
+    ) -> dict[str, Any]:
+        chosen = {
+            "kernel_init": kernel_init,
+            "rule": self.rule,
+            "implementation": self.implementation,
+        }
+        options = {key: value for key, value in chosen.items() if value is not None} | options
+        # An adder product lies far from zero, where half precision has no digits left: it is
+        # rounded to dtype by the normalisation that follows, not before.
+        wide = None if dtype is None else jnp.promote_types(dtype, jnp.float32)
+        return options | {"dtype": dtype, "preferred_element_type": wide}
+
+
+FAMILIES: Mapping[str, Family] = {
+    "adder": Family(
+        name="adder",
+        conv_class=AdderConv,
+        linear_class=AdderLinear,
+        projection_class=ScaledAdderLinear,
+    ),
+    "conv": Family(
+        name="conv",
+        conv_class=nnx.Conv,
+        linear_class=nnx.Linear,
+        projection_class=nnx.Linear,
+        conv_init=KAIMING_NORMAL,
+        linear_init=PYTORCH_UNIFORM,
+    ),
+    "euclid": Family(
+        name="euclid",
+        conv_class=EuclidConv,
+        linear_class=EuclidLinear,
+        projection_class=EuclidLinear,
+    ),
+}
+"""The families by name: adders, their multiplying twin, and squared Euclidean distances."""
+
+
+def get_family(family: str | Family) -> Family:
+    """The family of that name; a ``Family`` is returned as it is.
+
+    Raises:
+      ValueError: an unknown name.
+
+    Example:
+      >>> get_family("conv").conv_class.__name__
+      'Conv'
+    """
+    if isinstance(family, Family):
+        return family
+    try:
+        return FAMILIES[family]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"unknown family {family!r}; the families are {', '.join(sorted(FAMILIES))}"
+        ) from None
+
+
+def end_family(family: Family, *, multiply_ends: bool) -> Family:
+    """The family of a model's first and last product: 'conv', or ``family`` if they add too."""
+    return FAMILIES["conv"] if multiply_ends else family
