@@ -465,6 +465,8 @@ class _Product:
             return self.forward(x, w)
         return _differentiable(self, *vary_alike(x, w))
 
+    # Compiled on their own, so that calls outside of jit run one program, not one for each line.
+    @functools.partial(jax.jit, static_argnums=0)
     def forward(self, x: Array, w: Array) -> Array:
         kernels = _KERNELS[self.implementation]
         shape = self._out_shape(x, w)
@@ -474,9 +476,11 @@ class _Product:
             return kernels.matmul(x, w, out_dtype=self.accumulator).astype(self.result)
         return kernels.conv(x, w, self.spec, out_dtype=self.accumulator).astype(self.result)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def dx(self, x: Array, w: Array, g: Array) -> Array:
         return self._gradient("dx", x, w, g, self.rule.x).astype(x.dtype)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def dw(self, x: Array, w: Array, g: Array) -> Array:
         return self._gradient("dw", x, w, g, self.rule.kernel).astype(w.dtype)
 

@@ -5,23 +5,45 @@ from typing import Any
 
 from flax import nnx
 
-from jadder.models.family import FAMILIES as FAMILIES
-from jadder.models.family import Family as Family
-from jadder.models.family import get_family as get_family
-from jadder.models.lenet import LeNet5 as LeNet5
-from jadder.models.normalization import BatchNorm as BatchNorm
-from jadder.models.normalization import LayerNorm as LayerNorm
-from jadder.models.resnet import BasicBlock as BasicBlock
-from jadder.models.resnet import Bottleneck as Bottleneck
-from jadder.models.resnet import ResNet as ResNet
-from jadder.models.resnet import resnet18 as resnet18
-from jadder.models.resnet import resnet20 as resnet20
-from jadder.models.resnet import resnet32 as resnet32
-from jadder.models.resnet import resnet34 as resnet34
-from jadder.models.resnet import resnet50 as resnet50
-from jadder.models.torch_state import load_torch_state as load_torch_state
-from jadder.models.vgg import VGGSmall as VGGSmall
-from jadder.models.vit import AdderViT as AdderViT
+from jadder.models.family import FAMILIES, Family, get_family
+from jadder.models.lenet import LeNet5
+from jadder.models.normalization import BatchNorm, LayerNorm
+from jadder.models.resnet import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet34,
+    resnet50,
+)
+from jadder.models.torch_state import load_torch_state
+from jadder.models.vgg import VGGSmall
+from jadder.models.vit import AdderViT
+
+__all__ = [
+    "FAMILIES",
+    "MODELS",
+    "AdderViT",
+    "BasicBlock",
+    "BatchNorm",
+    "Bottleneck",
+    "Family",
+    "LayerNorm",
+    "LeNet5",
+    "ResNet",
+    "VGGSmall",
+    "create",
+    "get_family",
+    "load_torch_state",
+    "names",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet50",
+]
 
 _FOR_ONE_IMAGE_SIZE: Mapping[str, Callable[..., nnx.Module]] = {
     "lenet5": LeNet5,
@@ -35,7 +57,7 @@ _FOR_ANY_IMAGE_SIZE: Mapping[str, Callable[..., nnx.Module]] = {
     "resnet34": resnet34,
     "resnet50": resnet50,
 }
-MODELS: Mapping[str, Callable[..., nnx.Module]] = _FOR_ONE_IMAGE_SIZE | _FOR_ANY_IMAGE_SIZE
+MODELS: Mapping[str, Callable[..., nnx.Module]] = {**_FOR_ONE_IMAGE_SIZE, **_FOR_ANY_IMAGE_SIZE}
 """Constructors by name: ``(num_classes, *, channels, family, multiply_ends, rngs, ...)``."""
 
 

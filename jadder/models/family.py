@@ -1,6 +1,7 @@
 """Families of layers: what a model's products are made of."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,20 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jadder.nn import (
-    AdderConv,
-    AdderLinear,
-    EuclidConv,
-    EuclidLinear,
-    ScaledAdderLinear,
-)
+from jadder.nn import AdderConv, AdderLinear, EuclidConv, EuclidLinear, ScaledAdderLinear
+from jadder.ops import Implementation
 from jadder.rules import GradientRule
 
 KAIMING_NORMAL: Initializer = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""N(0, 2 / fan_out): the convolutions of the published ResNets."""
+"""N(0, 2 / fan_out), with which the published ResNets start their convolutions."""
 
 PYTORCH_UNIFORM: Initializer = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""U(±1/√fan_in): what PyTorch gives a layer whose author chose nothing."""
+"""U(-1/√fan_in, 1/√fan_in), with which PyTorch starts layers unless told otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,23 +34,36 @@ class Family:
       linear_init: initializer of linear and projection kernels; None: the class's own.
       rule: gradient rule of every adder product; None: each class's own (``ADDER_VIT`` for
         projections, ``ADDERNET`` elsewhere).
-      implementation: see ``jadder.ops``; None: the best for the platform.
+      implementation: which kernels compute the adder products, as in `jadder.ops`; None: the best
+        for the platform.
+
+    Raises:
+      ValueError: a rule or implementation for classes that take none.
 
     Example:
       >>> import dataclasses, jadder
       >>> sign = dataclasses.replace(get_family("adder"), rule=jadder.SIGN)
-      >>> sign.conv(3, 16, (3, 3), rngs=nnx.Rngs(0)).rule == jadder.SIGN
-      True
+      >>> sign.conv(3, 16, (3, 3), rngs=nnx.Rngs(0)).kernel.shape
+      (3, 3, 3, 16)
     """
 
     name: str
-    conv_class: type[nnx.Module]
-    linear_class: type[nnx.Module]
-    projection_class: type[nnx.Module]
+    conv_class: type[Any]
+    linear_class: type[Any]
+    projection_class: type[Any]
     conv_init: Initializer | None = None
     linear_init: Initializer | None = None
     rule: GradientRule | None = None
-    implementation: str | None = None
+    implementation: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        chosen = {"rule": self.rule, "implementation": self.implementation}
+        for option, value in chosen.items():
+            for layer in (self.conv_class, self.linear_class, self.projection_class):
+                if value is not None and option not in inspect.signature(layer.__init__).parameters:
+                    raise ValueError(
+                        f"family {self.name!r}: {layer.__name__} takes no {option}, got {value!r}"
+                    )
 
     def conv(
         self,
@@ -82,8 +91,11 @@ class Family:
     def projection(
         self, in_features: int, out_features: int, *, use_bias: bool = True, **options: Any
     ) -> Any:
-        """A transformer's linear layer, with bias by default."""
+        """A transformer's linear layer, with bias by default; ``options`` as for ``linear``."""
         options = self._options(self.linear_init, **options)
+        if issubclass(self.projection_class, ScaledAdderLinear):
+            # Its scales and bias act on the product, so all of it is computed wide.
+            options["dtype"] = options.pop("preferred_element_type")
         return self.projection_class(in_features, out_features, use_bias=use_bias, **options)
 
     def _options(

@@ -1,6 +1,7 @@
 """What every model does with its images and feature maps."""
 
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
 
@@ -39,3 +40,11 @@ def flatten(x: Array) -> Array:
     That is PyTorch's order, so that its kernels load without reordering.
     """
     return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+
+
+def max_pool(x: Array, window: int, *, padding: int = 0) -> Array:
+    """The maximum of every ``window`` by ``window`` pixels with stride 2, padding left out."""
+    pooled: Array = nnx.max_pool(  # type: ignore[no-untyped-call]
+        x, (window, window), strides=(2, 2), padding=((padding, padding), (padding, padding))
+    )
+    return pooled

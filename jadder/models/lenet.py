@@ -1,12 +1,14 @@
 """LeNet-5-BN (LeCun et al., 1998; batch normalisation as AdderNet's experiments on MNIST)."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jax import Array
 
 from jadder.models.family import Family, end_family, get_family
-from jadder.models.images import check_images, flatten, image_shape
+from jadder.models.images import check_images, flatten, image_shape, max_pool
 from jadder.models.normalization import BatchNorm
 
 _SMALLEST_FOR_VALID = 12
@@ -62,7 +64,7 @@ class LeNet5(nnx.Module):
 
         layers = get_family(family)
         ends = end_family(layers, multiply_ends=multiply_ends)
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.conv1 = ends.conv(channels, 6, (5, 5), padding="SAME", **types)
         self.bn1 = BatchNorm(6, **types)
         self.conv2 = layers.conv(6, 16, (5, 5), padding="VALID" if valid else "SAME", **types)
@@ -82,8 +84,8 @@ class LeNet5(nnx.Module):
           TypeError: images that are not floating.
         """
         check_images(images, self.channels, self.image_shape)
-        x = nnx.max_pool(nnx.relu(self.bn1(self.conv1(images))), (2, 2), strides=(2, 2))
-        x = nnx.max_pool(nnx.relu(self.bn2(self.conv2(x))), (2, 2), strides=(2, 2))
+        x = max_pool(nnx.relu(self.bn1(self.conv1(images))), 2)
+        x = max_pool(nnx.relu(self.bn2(self.conv2(x))), 2)
         x = nnx.relu(self.bn3(self.fc1(flatten(x))))
         x = nnx.relu(self.bn4(self.fc2(x)))
         return self.bn5(self.fc3(x))

@@ -1,6 +1,6 @@
 """Normalisations for products that lie far from zero, with PyTorch's conventions."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,15 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import Array, lax
 
+_Arrays = TypeVar("_Arrays", bound=tuple[Any, ...])
 
-def _promote_to_float32(arrays: tuple[Any, ...], *, dtype: Dtype | None = None) -> tuple[Any, ...]:
+
+def _promote_to_float32(arrays: _Arrays, /, *, dtype: Any = None, inexact: bool = True) -> _Arrays:
     """Promotes ``arrays`` to one dtype of at least float32, whatever dtype the result will have."""
     del dtype
     present = [array.dtype for array in arrays if array is not None]
-    return promote_dtype(arrays, dtype=jnp.result_type(jnp.float32, *present))
+    wide = jnp.result_type(jnp.float32, *present)
+    return promote_dtype(arrays, dtype=wide, inexact=inexact)
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -98,11 +101,12 @@ class BatchNorm(nnx.BatchNorm):
         if use_running_average is None:
             use_running_average = self.use_running_average
         if use_running_average:
-            return super().__call__(x, use_running_average=True)
+            evaluated: Array = super().__call__(x, use_running_average=True)
+            return evaluated
 
         count = self._values_per_feature(x, mask)
         old_var = self.var[...]
-        y = super().__call__(x, use_running_average=False, mask=mask)
+        y: Array = super().__call__(x, use_running_average=False, mask=mask)
         # Flax has moved var by (1 - momentum) · biased; unbiased - biased is biased / (count - 1).
         moved = self.var[...] - self.momentum * old_var
         self.var[...] = lax.stop_gradient(self.var[...] + moved / (count - 1))
@@ -117,7 +121,8 @@ class BatchNorm(nnx.BatchNorm):
             others = tuple(axis for axis in range(x.ndim) if axis != feature_axis)
             count = jnp.broadcast_to(mask, x.shape).sum(others)
         if self.axis_name is not None:
-            count = lax.psum(count, self.axis_name, axis_index_groups=self.axis_index_groups)
+            groups = self.axis_index_groups
+            count = lax.psum(count, self.axis_name, axis_index_groups=groups)  # type: ignore[no-untyped-call]
         if not isinstance(count, jax.Array) and count < 2:
             raise ValueError(
                 "BatchNorm in training mode needs at least two values per feature, "

@@ -13,13 +13,13 @@ from flax.typing import Dtype
 from jax import Array
 
 from jadder.models.family import Family, end_family, get_family
-from jadder.models.images import check_images
+from jadder.models.images import check_images, max_pool
 from jadder.models.normalization import BatchNorm
 
 
 def _shortcut(
     in_features: int, out_features: int, strides: int, family: Family, **types: Any
-) -> nnx.List | None:
+) -> nnx.List[Any] | None:
     """A 1 x 1 product with its normalisation, or None where the identity fits."""
     if strides == 1 and in_features == out_features:
         return None
@@ -27,7 +27,7 @@ def _shortcut(
     return nnx.List([product, BatchNorm(out_features, **types)])
 
 
-def _through(layers: nnx.List | None, x: Array) -> Array:
+def _through(layers: nnx.List[Any] | None, x: Array) -> Array:
     for layer in layers or ():
         x = layer(x)
     return x
@@ -120,8 +120,8 @@ class ResNet(nnx.Module):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> model = ResNet((1, 1), BasicBlock, width=4, family="conv", rngs=nnx.Rngs(0))
-      >>> model(jnp.zeros((2, 32, 32, 3))).shape
+      >>> model = ResNet((1,), BasicBlock, width=4, family="conv", rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((2, 8, 8, 3))).shape
       (2, 10)
     """
 
@@ -145,7 +145,7 @@ class ResNet(nnx.Module):
             raise ValueError(f"stem must be 'cifar' or 'imagenet', got {stem!r}")
         layers = get_family(family)
         ends = end_family(layers, multiply_ends=multiply_ends)
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.channels = channels
         self.stem = stem
         self.num_stages = len(stage_sizes)
@@ -177,7 +177,7 @@ class ResNet(nnx.Module):
         check_images(images, self.channels)
         x = nnx.relu(self.bn1(self.conv1(images)))
         if self.stem == "imagenet":
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x, 3, padding=1)
         for stage in range(self.num_stages):
             x = _through(getattr(self, f"layer{stage + 1}"), x)
         return self.bn2(self.fc(x.mean((1, 2))))

@@ -1,6 +1,7 @@
 """Parameters and statistics from PyTorch, given as NumPy arrays."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,8 @@ def load_torch_state(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> Non
     to the dtype of the parameter that they replace. ``num_batches_tracked`` is ignored.
 
     Args:
-      model: a model of this package, changed in place.
+      model: a model of this package, changed in place. It may be abstract, as ``nnx.eval_shape``
+        makes it, since nothing of its initial values is used.
       arrays: the state dict, e.g. ``{k: v.numpy() for k, v in state_dict.items()}``.
 
     Raises:
@@ -74,7 +76,7 @@ def load_torch_state(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> Non
         variable.set_value(jnp.asarray(values[name], variable.dtype))
 
 
-def _torch_name(path: tuple[object, ...], variable: nnx.Variable) -> str:
+def _torch_name(path: tuple[object, ...], variable: nnx.Variable[Any]) -> str:
     *module, name = map(str, path)
     if isinstance(variable, AdderKernel):
         name = "adder"

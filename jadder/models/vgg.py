@@ -1,6 +1,7 @@
 """VGG-small, the CIFAR network of the binary-network literature and of AdderNet."""
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +9,7 @@ from flax.typing import Dtype
 from jax import Array
 
 from jadder.models.family import Family, end_family, get_family
-from jadder.models.images import check_images, flatten, image_shape
+from jadder.models.images import check_images, flatten, image_shape, max_pool
 from jadder.models.normalization import BatchNorm
 
 
@@ -36,8 +37,8 @@ class VGGSmall(nnx.Module):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> model = VGGSmall(widths=(8, 8, 8), family="conv", rngs=nnx.Rngs(0))
-      >>> model(jnp.zeros((2, 32, 32, 3))).shape
+      >>> model = VGGSmall(image_size=8, widths=(4, 4, 4), family="conv", rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((2, 8, 8, 3))).shape
       (2, 10)
     """
 
@@ -62,7 +63,7 @@ class VGGSmall(nnx.Module):
 
         layers = get_family(family)
         ends = end_family(layers, multiply_ends=multiply_ends)
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         features = [stage_width for stage_width in widths for _ in range(2)]
         convs = [ends.conv(channels, features[0], (3, 3), padding=1, **types)]
         for n_in, n_out in itertools.pairwise(features):
@@ -84,5 +85,5 @@ class VGGSmall(nnx.Module):
         for index, (conv, bn) in enumerate(zip(self.conv, self.bn, strict=True)):
             x = nnx.relu(bn(conv(x)))
             if index % 2 == 1:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool(x, 2)
         return self.fc_bn(self.fc(flatten(x)))

@@ -1,0 +1,22 @@
+"""Settings that all tests share."""
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Compilation makes the first example of each shape slow, whatever the example.
+settings.register_profile(
+    "jadder",
+    deadline=None,
+    max_examples=15,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+settings.load_profile("jadder")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_compiled_programs():
+    """Each module's programs are its own; kept, they would fill the memory of a long session."""
+    yield
+    jax.clear_caches()

@@ -1,0 +1,267 @@
+"""One class of tests for every file of kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.shapes import SMALL_CONVS, SMALL_MATMULS
+from jadder import ADDERNET, SIGN, GradientRule, adder_conv, adder_dot_general, adder_matmul
+from tests import literal
+from tests.strategies import clips, conv_cases, normal, rules, seeds
+
+BATCHED = (((2,), (1,)), ((0,), (0,)))
+IMPLEMENTATIONS = ("xla", "reference")
+TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+"""Of the largest value: rounding of sums in float32 at least, then of the result itself."""
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """Each implementation in turn."""
+    return request.param
+
+
+def value_and_pullback(product, x, w, g):
+    """The product's value and both gradients, as float64 NumPy arrays."""
+
+    @jax.jit
+    def run(x, w, g):
+        y, pullback = jax.vjp(product, x, w)
+        return y, *pullback(g.astype(y.dtype))
+
+    return tuple(np.asarray(a) for a in run(x, w, g))
+
+
+def assert_close(actual, expected, relative):
+    """Compares with the largest value as the scale: sums of one sign may cancel nowhere else."""
+    scale = max(np.abs(expected).max(initial=0), 1e-300)
+    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=relative)
+
+
+class TestImplementation:
+    @given(
+        sizes=st.tuples(*[st.integers(1, 3)] + [st.integers(1, 20)] * 3), rule=rules, seed=seeds
+    )
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_matmul_is_the_formula_and_its_gradients_the_potentials(
+        self, implementation, sizes, rule, seed
+    ):
+        b, m, k, n = sizes
+        x, w, g = normal(seed, (b, m, k), (b, k, n), (b, m, n))
+        with jax.enable_x64(True):
+            product = functools.partial(
+                adder_dot_general,
+                dimension_numbers=BATCHED,
+                rule=rule,
+                implementation=implementation,
+            )
+            y, dx, dw = value_and_pullback(product, x, w, g)
+        assert_close(y, literal.matmul(x, w), 1e-12)
+        rho_x, rho_w = (functools.partial(literal.potential, clip) for clip in (rule.x, rule.kernel))
+        few = (slice(None), slice(0, 2), slice(0, 2))
+        assert_close(
+            dx[few], self._few_differences(lambda x: (g * literal.matmul(x, w, rho_x)).sum(), x), 1e-5
+        )
+        assert_close(
+            dw[few], self._few_differences(lambda w: (g * literal.matmul(x, w, rho_w)).sum(), w), 1e-5
+        )
+
+    @staticmethod
+    def _few_differences(function, at):
+        """Central differences at the corner [:, :2, :2] of ``at``."""
+
+        def on_corner(corner):
+            moved = at.copy()
+            moved[:, :2, :2] = corner
+            return function(moved)
+
+        return literal.gradient(on_corner, at[:, :2, :2].copy())
+
+    @given(case=conv_cases(), rule=rules, seed=seeds)
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_conv_is_the_formula_and_its_gradients_the_potentials(
+        self, implementation, case, rule, seed
+    ):
+        x, w, g = normal(seed, case.x, case.w, case.out)
+        with jax.enable_x64(True):
+
+            def product(x, w):
+                return adder_conv(x, w, *case.arguments, rule=rule, implementation=implementation)
+
+            y, dx, dw = value_and_pullback(product, x, w, g)
+        assert_close(y, literal.conv(x, w, *case.arguments), 1e-12)
+        rho_x, rho_w = (functools.partial(literal.potential, clip) for clip in (rule.x, rule.kernel))
+        rng = np.random.default_rng(seed)
+        for gradient, rho, at in ((dx, rho_x, x), (dw, rho_w, w)):
+            # A few directions check every element of the gradient at once.
+            for _ in range(3):
+                way = rng.normal(size=at.shape)
+
+                def along(t, at=at, rho=rho, way=way):
+                    moved = at + t * way
+                    operands = (moved, w) if at is x else (x, moved)
+                    return (g * literal.conv(*operands, *case.arguments, rho)).sum()
+
+                step = 1e-6
+                slope = (along(step) - along(-step)) / (2 * step)
+                assert (gradient * way).sum() == pytest.approx(
+                    slope, rel=1e-5, abs=1e-5 * np.abs(way).sum()
+                )
+
+    @pytest.mark.parametrize("shape", SMALL_MATMULS, ids=lambda s: s.name)
+    def test_shared_matmul_shapes(self, implementation, shape):
+        x, w, g = normal(0, (shape.m, shape.k), (shape.k, shape.n), (shape.m, shape.n))
+        rule = GradientRule((4.0, 1.0), (2.0, 0.5))
+        self._agrees_with_reference(
+            lambda x, w, which: adder_matmul(x, w, rule=rule, implementation=which),
+            (x, w, g),
+            implementation,
+        )
+
+    @pytest.mark.parametrize("shape", SMALL_CONVS, ids=lambda s: s.name)
+    def test_shared_conv_shapes(self, implementation, shape):
+        window, out = (shape.window, shape.window), (shape.out_size, shape.out_size)
+        x, w, g = normal(
+            0,
+            (shape.batch, shape.size, shape.size, shape.channels),
+            (*window, shape.channels // shape.groups, shape.features),
+            (shape.batch, *out, shape.features),
+        )
+        rule = GradientRule((4.0, 1.0), (2.0, 0.5))
+        self._agrees_with_reference(
+            lambda x, w, which: adder_conv(
+                x,
+                w,
+                shape.stride,
+                feature_group_count=shape.groups,
+                rule=rule,
+                implementation=which,
+            ),
+            (x, w, g),
+            implementation,
+        )
+
+    @staticmethod
+    def _agrees_with_reference(product, operands, implementation):
+        """In float64 to rounding, in narrower types to what their sums of K terms allow."""
+        operands = [np.asarray(jnp.asarray(a, "bfloat16"), np.float64) for a in operands]
+        with jax.enable_x64(True):
+            exact = value_and_pullback(lambda x, w: product(x, w, "reference"), *operands)
+        ours = functools.partial(value_and_pullback, lambda x, w: product(x, w, implementation))
+        for dtype, relative in TOLERANCES.items():
+            with jax.enable_x64(dtype == "float64"):
+                results = ours(*(jnp.asarray(a, dtype) for a in operands))
+            for actual, expected in zip(results, exact, strict=True):
+                assert actual.dtype == dtype
+                assert_close(actual.astype(np.float64), expected, relative)
+
+    def test_not_finite_values_go_through(self, implementation):
+        x, w, g = (a.astype(np.float32) for a in normal(1, (6, 20), (20, 5), (6, 5)))
+        x[0, 3], x[1, 4], x[2, 5], w[7, 1], w[5, 2] = np.nan, np.inf, -np.inf, np.nan, -np.inf
+        with np.errstate(invalid="ignore"):
+            y, dx, _ = value_and_pullback(
+                lambda x, w: adder_matmul(x, w, implementation=implementation), x, w, g
+            )
+            d = w[None] - x[..., None]
+            np.testing.assert_array_equal(np.isnan(y), np.isnan(-np.abs(d).sum(1)))
+            np.testing.assert_array_equal(np.isinf(y), np.isinf(-np.abs(d).sum(1)))
+            expected = (np.clip(d, -1, 1) * g[:, None]).sum(2)
+        np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-5)
+
+    def test_not_finite_values_go_through_a_convolution(self, implementation):
+        x, w, g = (a.astype(np.float32) for a in normal(2, (1, 5, 5, 3), (1, 1, 3, 4), (1, 5, 5, 4)))
+        x[0, 0, 0, 0], x[0, 1, 2, 1], w[0, 0, 2, 3] = np.nan, np.inf, np.inf
+        with np.errstate(invalid="ignore"):
+            y, dx, _ = value_and_pullback(
+                lambda x, w: adder_conv(x, w, implementation=implementation), x, w, g
+            )
+            d = w[0, 0] - x[..., None]
+            np.testing.assert_allclose(y, -np.abs(d).sum(-2), rtol=1e-5)
+            expected = (np.clip(d, -1, 1) * g[..., None, :]).sum(-1)
+        np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32])
+    def test_integers_accumulate_in_int32(self, implementation, dtype):
+        rng = np.random.default_rng(3)
+        low, high = max(np.iinfo(dtype).min, -(2**15)), min(np.iinfo(dtype).max, 2**15 - 1)
+        x = rng.integers(low, high, (9, 300), dtype, endpoint=True)
+        w = rng.integers(low, high, (300, 6), dtype, endpoint=True)
+        y = adder_matmul(x, w, preferred_element_type=np.int32, implementation=implementation)
+        assert y.dtype == np.int32
+        np.testing.assert_array_equal(y, literal.matmul(x[None].astype(int), w[None].astype(int))[0])
+        image, kernel = x[:, :100].reshape(9, 10, 5, 2), w[:54].reshape(3, 3, 2, 18)
+        y = adder_conv(
+            image, kernel, preferred_element_type=np.int32, implementation=implementation
+        )
+        same = ((1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1), 1)
+        np.testing.assert_array_equal(y, literal.conv(image.astype(int), kernel.astype(int), *same))
+
+    @pytest.mark.parametrize(
+        ("x_shape", "w_shape"), [((0, 3), (3, 4)), ((2, 0), (0, 4)), ((2, 3), (3, 0))]
+    )
+    def test_empty_operands(self, implementation, x_shape, w_shape):
+        y, dx, dw = value_and_pullback(
+            functools.partial(adder_matmul, implementation=implementation),
+            np.ones(x_shape, np.float32),
+            np.ones(w_shape, np.float32),
+            np.ones((x_shape[0], w_shape[1])),
+        )
+        assert y.shape == (x_shape[0], w_shape[1])
+        assert not y.any()
+        assert dx.shape == x_shape
+        assert dw.shape == w_shape
+        assert not dx.any()
+        assert not dw.any()
+
+    @pytest.mark.parametrize(
+        ("x_shape", "w_shape"),
+        [((0, 5, 5, 3), (3, 3, 3, 4)), ((2, 5, 5, 0), (3, 3, 0, 4)), ((2, 5, 5, 3), (3, 3, 3, 0))],
+    )
+    def test_empty_convolutions(self, implementation, x_shape, w_shape):
+        out = (x_shape[0], 5, 5, w_shape[-1])
+        y, dx, dw = value_and_pullback(
+            functools.partial(adder_conv, implementation=implementation),
+            np.ones(x_shape, np.float32),
+            np.ones(w_shape, np.float32),
+            np.ones(out),
+        )
+        assert (y.shape, dx.shape, dw.shape) == (out, x_shape, w_shape)
+        assert not y.any()
+        assert not dx.any()
+        assert not dw.any()
+
+    @given(seed=seeds)
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_sign_rule_differentiates_the_product_itself(self, implementation, seed):
+        x, w, g = normal(seed, (1, 3, 3, 2), (3, 3, 2, 2), (1, 3, 3, 2))
+        same = ((1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1), 1)
+        with jax.enable_x64(True):
+            product = functools.partial(adder_conv, rule=SIGN, implementation=implementation)
+            _, dx, dw = value_and_pullback(product, x, w, g)
+        expected = literal.gradient(lambda x: (g * literal.conv(x, w, *same)).sum(), x)
+        assert_close(dx, expected, 1e-6)
+        expected = literal.gradient(lambda w: (g * literal.conv(x, w, *same)).sum(), w)
+        assert_close(dw, expected, 1e-6)
+
+
+@given(clip=clips, seed=seeds)
+def test_the_chunked_sums_do_not_depend_on_how_terms_are_cut(clip, seed):
+    """K and N around multiples of the chunk, where the last chunk is padded."""
+    rng = np.random.default_rng(seed)
+    m, k, n = 3, int(rng.integers(14, 36)), int(rng.integers(14, 36))
+    x, w, g = normal(seed, (m, k), (k, n), (m, n))
+    rule = GradientRule(clip, ADDERNET.kernel)
+    with jax.enable_x64(True):
+        ours, exact = (
+            value_and_pullback(
+                functools.partial(adder_matmul, rule=rule, implementation=which), x, w, g
+            )
+            for which in IMPLEMENTATIONS
+        )
+    for actual, expected in zip(ours, exact, strict=True):
+        assert_close(actual, expected, 1e-12)
