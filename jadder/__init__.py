@@ -5,7 +5,7 @@ the layers, `jadder.optim` the optimizers and `jadder.models` whole networks. Th
 those that most programs need.
 """
 
-from jadder import nn, ops, optim, rules
+from jadder import models, nn, ops, optim, rules
 from jadder.nn import (
     AdderAttention,
     AdderConv,
@@ -62,6 +62,7 @@ __all__ = [
     "euclid_conv_general_dilated",
     "euclid_dot_general",
     "euclid_matmul",
+    "models",
     "nn",
     "ops",
     "optim",

@@ -380,6 +380,7 @@ class ScaledAdderLinear(nnx.Module):
       kernel_init: of W.
       bias_init: of b.
       promote_dtype: Flax's promotion function, or one's own.
+      preferred_element_type: dtype of the product, and so of the result.
       rule: how the product differentiates; HardTanh(4d) for the input by default.
       implementation: which kernels compute it, as in `jadder.ops`.
       rngs: where the kernel's initial values are drawn from.
@@ -404,6 +405,7 @@ class ScaledAdderLinear(nnx.Module):
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
         rule: GradientRule = ADDER_VIT,
         implementation: ops.Implementation | None = None,
         rngs: nnx.Rngs,
@@ -421,6 +423,7 @@ class ScaledAdderLinear(nnx.Module):
         self.dtype = dtype
         self.precision = precision
         self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
         self.dot_general = AdderDotGeneral(rule, implementation)
 
     def __call__(self, inputs: Array, out_sharding: ops.OutSharding = None) -> Array:
@@ -435,7 +438,12 @@ class ScaledAdderLinear(nnx.Module):
         x, kernel, e, f, bias = self.promote_dtype(arrays, dtype=self.dtype)
         contract_last = (((x.ndim - 1,), (0,)), ((), ()))
         y = f * self.dot_general(
-            e * x, kernel, contract_last, precision=self.precision, out_sharding=out_sharding
+            e * x,
+            kernel,
+            contract_last,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            out_sharding=out_sharding,
         )
         return y if bias is None else y + bias
 
@@ -443,9 +451,9 @@ class ScaledAdderLinear(nnx.Module):
 class AdderAttention(nnx.Module):
     """Multi-head attention whose projections are adder products.
 
-    Each projection is a `ScaledAdderLinear` followed by a normalisation, because adder products
-    are sums of one sign: without it the scores would be far from zero. The sum of values, weighted
-    with the softmax of the scores, multiplies.
+    A projection is a `ScaledAdderLinear` followed by a layer norm, unless another is given: adder
+    products are sums of one sign, and unnormalised their scores would be far from zero. The sum of
+    values, weighted with the softmax of the scores, multiplies.
 
     Args:
       num_heads: heads that share the features.
@@ -456,13 +464,11 @@ class AdderAttention(nnx.Module):
         latter both operands differentiate with ``rule.x``: neither is a kernel.
       identity: whether each position's own value is added to its sum of values, which keeps the
         rank of the attention map up (Adder Attention, NeurIPS 2021).
-      normalization: makes the module after each projection from (features, rngs=...), for instance
-        ``nnx.LayerNorm``, or None for none.
-      use_bias: whether projections have a bias.
-      dtype: of the computation; None infers it from the input and the parameters.
-      param_dtype: of the parameters.
-      kernel_init: of the projections' kernels.
-      rule: how the projections differentiate.
+      projection: makes a projection from (in_features, out_features, rngs=rngs).
+      out_projection: the same for the last projection; default ``projection``.
+      dtype: of the default projections; None infers it from the input and the parameters.
+      param_dtype: of the default projections' parameters.
+      rule: how adder products differentiate.
       implementation: which kernels compute them, as in `jadder.ops`.
       rngs: where the initial values are drawn from.
 
@@ -486,11 +492,10 @@ class AdderAttention(nnx.Module):
         *,
         scores: Literal["dot", "adder"] = "dot",
         identity: bool = False,
-        normalization: Callable[..., nnx.Module] | None = nnx.LayerNorm,
-        use_bias: bool = True,
+        projection: Callable[..., nnx.Module] | None = None,
+        out_projection: Callable[..., nnx.Module] | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        kernel_init: Initializer = default_kernel_init,
         rule: GradientRule = ADDER_VIT,
         implementation: ops.Implementation | None = None,
         rngs: nnx.Rngs,
@@ -505,26 +510,33 @@ class AdderAttention(nnx.Module):
         if scores not in ("dot", "adder"):
             raise ValueError(f"AdderAttention: scores must be 'dot' or 'adder', got {scores!r}")
 
-        def projection(into: int, out: int) -> nnx.Module:
-            linear = ScaledAdderLinear(
-                into,
-                out,
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                rule=rule,
-                implementation=implementation,
-                rngs=rngs,
-            )
-            return linear if normalization is None else nnx.Sequential(
-                linear, normalization(out, rngs=rngs)
+        def normalized(into: int, out: int, *, rngs: nnx.Rngs) -> nnx.Module:
+            return nnx.Sequential(
+                ScaledAdderLinear(
+                    into,
+                    out,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    rule=rule,
+                    implementation=implementation,
+                    rngs=rngs,
+                ),
+                # E[x²] - E[x]², Flax's fast variance, has no digits left so far from zero.
+                nnx.LayerNorm(
+                    out,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    use_fast_variance=False,
+                    rngs=rngs,
+                ),
             )
 
-        self.query = projection(in_features, qkv_features)
-        self.key = projection(in_features, qkv_features)
-        self.value = projection(in_features, qkv_features)
-        self.out = projection(qkv_features, out_features)
+        make = normalized if projection is None else projection
+        make_out = make if out_projection is None else out_projection
+        self.query = make(in_features, qkv_features, rngs=rngs)
+        self.key = make(in_features, qkv_features, rngs=rngs)
+        self.value = make(in_features, qkv_features, rngs=rngs)
+        self.out = make_out(qkv_features, out_features, rngs=rngs)
         self.num_heads = num_heads
         self.scores = scores
         self.identity = identity
@@ -546,7 +558,8 @@ class AdderAttention(nnx.Module):
           inputs_k: what keys are projected from; default inputs_q.
           inputs_v: what values are projected from; default inputs_k.
           mask: broadcastable to (..., num_heads, queries, keys); False where not to look.
-          sow_weights: whether to sow the attention map as the intermediate ``attention_weights``.
+          sow_weights: whether to sow the attention map as ``attention_weights``, for
+            ``nnx.capture(layer, nnx.Intermediate)``.
         """
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
@@ -621,7 +634,8 @@ def adderize(
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> mlp = nnx.Sequential(nnx.Linear(2, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 1, rngs=nnx.Rngs(1)))
+      >>> rngs = nnx.Rngs(0)
+      >>> mlp = nnx.Sequential(nnx.Linear(2, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs))
       >>> half = adderize(mlp, lambda path, layer: layer.out_features > 1)
       >>> [type(layer.kernel).__name__ for layer in half.layers]
       ['AdderKernel', 'Param']
@@ -671,7 +685,8 @@ def adder_mask(model: nnx.Module) -> Callable[[Any], Any]:
 
     Example:
       >>> from flax import nnx
-      >>> model = nnx.Sequential(AdderLinear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(AdderLinear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
       >>> mask = adder_mask(model)(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
       >>> mask["layers"][0]["kernel"], mask["layers"][1]["scale"]
       (True, False)

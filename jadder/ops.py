@@ -8,7 +8,7 @@ adder product's gradients (see `jadder.rules`).
 All forms take float16, bfloat16, float32 and, where enabled, float64, accumulate in at least
 float32, and work under ``jit``, ``grad``, ``vmap``, ``remat``, ``scan`` and ``shard_map``. The
 adder forms also take integers with ``preferred_element_type=jnp.int32``. Forward-mode
-differentiation (``jvp``, ``hessian``) of the adder forms raises, as for every ``jax.custom_vjp``.
+differentiation (``jvp``, ``jacfwd``) of the adder forms raises, as for every ``jax.custom_vjp``.
 
 Shared arguments:
   precision: of the matrix products inside (Euclid's, and the full-precision gradients'), as in
@@ -507,9 +507,7 @@ def _differentiable(product: _Product, x: Array, w: Array) -> Array:
     return product.forward(x, w)
 
 
-def _differentiable_fwd(
-    product: _Product, x: Array, w: Array
-) -> tuple[Array, tuple[Array, Array]]:
+def _differentiable_fwd(product: _Product, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     return product.forward(x, w), (x, w)
 
 
@@ -586,6 +584,14 @@ class _Convolution:
                 batch_group_count,
             )
 
+        factors = {
+            "window_strides": window_strides,
+            "lhs_dilation": lhs_dilation,
+            "rhs_dilation": rhs_dilation,
+        }
+        for argument, values in factors.items():
+            if values is not None and any(value < 1 for value in values):
+                raise ValueError(f"{name}: {argument} must be positive, got {tuple(values)}")
         _check_with(multiply, name, lhs, rhs)
         rank = lhs.ndim - 2
         layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
@@ -593,9 +599,7 @@ class _Convolution:
         window = [rhs.shape[d] for d in layout.rhs_spec[2:]]
         rhs_dilation = tuple(rhs_dilation or (1,) * rank)
         if isinstance(padding, str):
-            spans = [
-                (k - 1) * r + 1 if k else 0 for k, r in zip(window, rhs_dilation, strict=True)
-            ]
+            spans = [(k - 1) * r + 1 if k else 0 for k, r in zip(window, rhs_dilation, strict=True)]
             padding = lax.padtype_to_pads(spatial, spans, window_strides, padding)
         spec = ConvSpec(
             tuple(int(s) for s in window_strides),

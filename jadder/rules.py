@@ -68,6 +68,10 @@ class Clip(NamedTuple):
         return 0.5 * self.scale * inner**2 + self.bound * (magnitude - inner)
 
 
+_HARD_TANH = Clip(1.0, 1.0)
+_FULL_PRECISION = Clip(1.0, math.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class GradientRule:
     """The pair of functions ψ that an adder product differentiates with.
@@ -86,16 +90,17 @@ class GradientRule:
       GradientRule(x=Clip(scale=2.0, bound=1.0), kernel=Clip(scale=1.0, bound=inf))
     """
 
-    x: Clip = Clip(1.0, 1.0)
-    kernel: Clip = Clip(1.0, math.inf)
+    x: Clip = _HARD_TANH
+    kernel: Clip = _FULL_PRECISION
 
     def __post_init__(self) -> None:
         for name in ("x", "kernel"):
+            pair = getattr(self, name)
             try:
-                scale, bound = (float(value) for value in getattr(self, name))
+                scale, bound = (float(value) for value in pair)
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"GradientRule {name} must be a pair (scale, bound), got {getattr(self, name)!r}"
+                    f"GradientRule {name} must be a pair (scale, bound), got {pair!r}"
                 ) from None
             if not (scale > 0 and bound > 0) or (math.isinf(scale) and math.isinf(bound)):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""The products once more, in NumPy and as plainly as the formulas: an oracle that shares no code."""
+"""The products once more, in NumPy and as plainly as the formulas: an oracle of its own."""
 
 import itertools
 
@@ -44,7 +44,11 @@ def conv(x, w, strides, padding, lhs_dilation, rhs_dilation, groups, rho=np.abs)
                 )
             ]
             inside = all(0 <= a < s for a, s in zip(at, span, strict=True))
-            seen = wide[(slice(None), *at)] if inside else np.zeros_like(x, shape=(x.shape[0], x.shape[-1]))
+            seen = (
+                wide[(slice(None), *at)]
+                if inside
+                else np.zeros_like(x, shape=(x.shape[0], x.shape[-1]))
+            )
             for group in range(groups):
                 channels = np.split(seen, groups, axis=-1)[group]
                 chosen = slice(group * features, (group + 1) * features)

@@ -107,4 +107,3 @@ def reach(phases: Phases, sources: int) -> tuple[int, int]:
             low = min(low, start)
             high = max(high, start + (phase.count - 1) * phases.step + 1)
     return -low, high - sources
-

@@ -16,7 +16,9 @@ from jax.typing import DTypeLike
 
 def varying_axes(*operands: Array) -> frozenset[str]:
     """The mesh axes over which any of ``operands`` differs between devices."""
-    return frozenset().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
+    return frozenset().union(
+        *(jax.typeof(operand).manual_axis_type.varying for operand in operands)
+    )
 
 
 def vary_alike(*operands: Array) -> tuple[Array, ...]:

@@ -181,7 +181,10 @@ def _sum_taps(
     phase: _Targets,
     term: Callable[[Array, Array], Array],
 ) -> Array:
-    """Adds the terms of every tap of ``phase``; source (b, *spatial, G, C), w (taps, C, G, lanes)."""
+    """Adds the terms of every tap of ``phase``.
+
+    source is (batch, *spatial, groups, C) and w (taps, C, groups, lanes).
+    """
     if not phase.taps:
         return total
     steps, chunk = _chunks(source.shape[-1], turns=len(phase.taps))

@@ -93,9 +93,6 @@ class Family:
     ) -> Any:
         """A transformer's linear layer, with bias by default; ``options`` as for ``linear``."""
         options = self._options(self.linear_init, **options)
-        if issubclass(self.projection_class, ScaledAdderLinear):
-            # Its scales and bias act on the product, so all of it is computed wide.
-            options["dtype"] = options.pop("preferred_element_type")
         return self.projection_class(in_features, out_features, use_bias=use_bias, **options)
 
     def _options(

@@ -1,5 +1,6 @@
 """AdderViT: SimpleViT (Beyer et al., 2022) as the Adder-ViT repository builds it."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -99,28 +100,26 @@ class Attention(AdderAttention):
         identity: bool = False,
         **types: Any,
     ) -> None:
+        def projection(
+            into: int, out: int, *, family: Family = family, norm: Norm = norm, rngs: nnx.Rngs
+        ) -> NormalizedProjection:
+            del rngs  # one of ``types``
+            return NormalizedProjection(
+                into, out, family=family, norm=norm, use_bias=False, **types
+            )
+
+        multiplying = functools.partial(projection, family=get_family("conv"), norm="none")
         super().__init__(
             num_heads,
             features,
             scores=scores,
             identity=identity,
-            normalization=None,
+            projection=projection,
+            out_projection=multiplying if multiply_out else projection,
             rule=family.rule or ADDER_VIT,
             implementation=family.implementation,
             rngs=types["rngs"],
         )
-
-        def projection(family: Family, norm: Norm) -> NormalizedProjection:
-            return NormalizedProjection(
-                features, features, family=family, norm=norm, use_bias=False, **types
-            )
-
-        self.query = projection(family, norm)
-        self.key = projection(family, norm)
-        self.value = projection(family, norm)
-        if multiply_out:
-            family, norm = get_family("conv"), "none"
-        self.out = projection(family, norm)
 
 
 class EncoderBlock(nnx.Module):

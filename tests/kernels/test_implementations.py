@@ -44,9 +44,7 @@ def assert_close(actual, expected, relative):
 
 
 class TestImplementation:
-    @given(
-        sizes=st.tuples(*[st.integers(1, 3)] + [st.integers(1, 20)] * 3), rule=rules, seed=seeds
-    )
+    @given(sizes=st.tuples(*[st.integers(1, 3)] + [st.integers(1, 20)] * 3), rule=rules, seed=seeds)
     @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
     def test_matmul_is_the_formula_and_its_gradients_the_potentials(
         self, implementation, sizes, rule, seed
@@ -62,13 +60,19 @@ class TestImplementation:
             )
             y, dx, dw = value_and_pullback(product, x, w, g)
         assert_close(y, literal.matmul(x, w), 1e-12)
-        rho_x, rho_w = (functools.partial(literal.potential, clip) for clip in (rule.x, rule.kernel))
+        rho_x, rho_w = (
+            functools.partial(literal.potential, clip) for clip in (rule.x, rule.kernel)
+        )
         few = (slice(None), slice(0, 2), slice(0, 2))
         assert_close(
-            dx[few], self._few_differences(lambda x: (g * literal.matmul(x, w, rho_x)).sum(), x), 1e-5
+            dx[few],
+            self._few_differences(lambda x: (g * literal.matmul(x, w, rho_x)).sum(), x),
+            1e-5,
         )
         assert_close(
-            dw[few], self._few_differences(lambda w: (g * literal.matmul(x, w, rho_w)).sum(), w), 1e-5
+            dw[few],
+            self._few_differences(lambda w: (g * literal.matmul(x, w, rho_w)).sum(), w),
+            1e-5,
         )
 
     @staticmethod
@@ -95,7 +99,9 @@ class TestImplementation:
 
             y, dx, dw = value_and_pullback(product, x, w, g)
         assert_close(y, literal.conv(x, w, *case.arguments), 1e-12)
-        rho_x, rho_w = (functools.partial(literal.potential, clip) for clip in (rule.x, rule.kernel))
+        rho_x, rho_w = (
+            functools.partial(literal.potential, clip) for clip in (rule.x, rule.kernel)
+        )
         rng = np.random.default_rng(seed)
         for gradient, rho, at in ((dx, rho_x, x), (dw, rho_w, w)):
             # A few directions check every element of the gradient at once.
@@ -174,7 +180,9 @@ class TestImplementation:
         np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-5)
 
     def test_not_finite_values_go_through_a_convolution(self, implementation):
-        x, w, g = (a.astype(np.float32) for a in normal(2, (1, 5, 5, 3), (1, 1, 3, 4), (1, 5, 5, 4)))
+        x, w, g = (
+            a.astype(np.float32) for a in normal(2, (1, 5, 5, 3), (1, 1, 3, 4), (1, 5, 5, 4))
+        )
         x[0, 0, 0, 0], x[0, 1, 2, 1], w[0, 0, 2, 3] = np.nan, np.inf, np.inf
         with np.errstate(invalid="ignore"):
             y, dx, _ = value_and_pullback(
@@ -193,7 +201,9 @@ class TestImplementation:
         w = rng.integers(low, high, (300, 6), dtype, endpoint=True)
         y = adder_matmul(x, w, preferred_element_type=np.int32, implementation=implementation)
         assert y.dtype == np.int32
-        np.testing.assert_array_equal(y, literal.matmul(x[None].astype(int), w[None].astype(int))[0])
+        np.testing.assert_array_equal(
+            y, literal.matmul(x[None].astype(int), w[None].astype(int))[0]
+        )
         image, kernel = x[:, :100].reshape(9, 10, 5, 2), w[:54].reshape(3, 3, 2, 18)
         y = adder_conv(
             image, kernel, preferred_element_type=np.int32, implementation=implementation

@@ -1,0 +1,136 @@
+"""Normalisations against literal NumPy formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jadder.models import BatchNorm, LayerNorm
+
+
+def literal_batch_norm(x, scale, bias, epsilon):
+    """y and the two statistics that PyTorch keeps, of a (values, features) array."""
+    mean = x.sum(0) / len(x)
+    squares = ((x - mean) ** 2).sum(0)
+    y = scale * (x - mean) / np.sqrt(squares / len(x) + epsilon) + bias
+    return y, mean, squares / (len(x) - 1)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    leading=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    features=st.integers(1, 5),
+    momentum=st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_batch_norm_in_training_is_the_literal_formula(leading, features, momentum, seed):
+    leading = [2, *leading]
+    random = np.random.default_rng(seed)
+    x = random.normal(-3, 2, (*leading, features))
+    scale, bias, old_mean, old_var = random.uniform(0.5, 2, (4, features))
+    y, mean, var = literal_batch_norm(x.reshape(-1, features), scale, bias, 1e-5)
+    with jax.enable_x64(True):
+        norm = BatchNorm(features, momentum=momentum, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        norm.scale.set_value(jnp.asarray(scale))
+        norm.bias.set_value(jnp.asarray(bias))
+        norm.mean.set_value(jnp.asarray(old_mean))
+        norm.var.set_value(jnp.asarray(old_var))
+        np.testing.assert_allclose(norm(x).reshape(y.shape), y, rtol=1e-9, atol=1e-10)
+        for kept, old, new in ((norm.mean, old_mean, mean), (norm.var, old_var, var)):
+            assert kept[...].dtype == jnp.float64
+            np.testing.assert_allclose(
+                kept[...], momentum * old + (1 - momentum) * new, rtol=1e-11, atol=1e-12
+            )
+
+
+def test_batch_norm_defaults_are_those_of_pytorch():
+    norm = BatchNorm(1, rngs=nnx.Rngs(0))
+    y = norm(jnp.array([[0.0], [4.0]]))
+    np.testing.assert_allclose(y[:, 0], np.array([-2, 2]) / np.sqrt(4 + 1e-5), rtol=1e-6)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * 2, rtol=1e-6)
+    np.testing.assert_allclose(norm.var[...], 0.9 * 1 + 0.1 * 8, rtol=1e-6)
+
+
+def test_batch_norm_in_evaluation_uses_and_keeps_its_statistics():
+    norm = BatchNorm(2, epsilon=0.0, rngs=nnx.Rngs(0))
+    norm.mean.set_value(jnp.array([1.0, 2.0]))
+    norm.var.set_value(jnp.array([4.0, 16.0]))
+    norm.eval()
+    y = norm(jnp.array([[3.0, 6.0]]))
+    np.testing.assert_allclose(y, [[1.0, 1.0]], rtol=1e-6)
+    np.testing.assert_array_equal(norm.mean[...], [1.0, 2.0])
+    np.testing.assert_array_equal(norm.var[...], [4.0, 16.0])
+    norm.train()
+    norm(jnp.zeros((2, 2)))
+    assert (norm.mean[...] != jnp.array([1.0, 2.0])).all()
+
+
+def test_view_switches_batch_norm_without_touching_the_model():
+    norm = BatchNorm(2, rngs=nnx.Rngs(0))
+    evaluating = nnx.view(norm, use_running_average=True)
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    np.testing.assert_allclose(evaluating(x), x / np.sqrt(1 + 1e-5), rtol=1e-6)
+    assert not norm.use_running_average
+
+
+@pytest.mark.parametrize("make", [BatchNorm, LayerNorm])
+def test_float32_keeps_its_digits_far_from_zero(make):
+    """As the products of a trained adder ResNet-20 lie: at -2600 with a standard deviation of 4."""
+    x = np.random.default_rng(0).normal(-2600, 4, (512, 256)).astype(np.float32)
+    axis = 0 if make is BatchNorm else 1
+    x64 = x.astype(np.float64)
+    expected = (x64 - x64.mean(axis, keepdims=True)) / x64.std(axis, keepdims=True)
+    y = make(256, rngs=nnx.Rngs(0))(jnp.asarray(x))
+    np.testing.assert_allclose(y, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [BatchNorm, LayerNorm])
+def test_bfloat16_rounds_the_result_only(make):
+    x = np.random.default_rng(0).normal(-2600, 4, (64, 64)).astype(np.float32)
+    exact = make(64, rngs=nnx.Rngs(0))
+    rounded = make(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    y = rounded(jnp.asarray(x))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, exact(jnp.asarray(x)).astype(jnp.bfloat16))
+    for expected, kept in zip(
+        jax.tree.leaves(nnx.state(exact)), jax.tree.leaves(nnx.state(rounded)), strict=True
+    ):
+        assert kept.dtype == jnp.float32
+        np.testing.assert_array_equal(kept, expected)
+
+
+def test_masked_values_take_no_part_in_the_statistics():
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    mask = np.array([True, True, False, True, False, True])
+    _, mean, var = literal_batch_norm(x[mask], 1.0, 0.0, 1e-5)
+    norm = BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
+    norm(jnp.asarray(x), mask=jnp.asarray(mask)[:, None])
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+
+
+def test_statistics_over_a_named_axis_are_those_of_the_whole_batch():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 2)), jnp.float32)
+    whole = BatchNorm(2, rngs=nnx.Rngs(0))
+    expected = whole(x)
+    graph, state = nnx.split(BatchNorm(2, axis_name="device", rngs=nnx.Rngs(0)))
+
+    def one_device(state, shard):
+        norm = nnx.merge(graph, state)
+        return norm(shard), norm.mean[...], norm.var[...]
+
+    y, mean, var = jax.vmap(one_device, in_axes=(None, 0), axis_name="device")(state, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mean, np.broadcast_to(whole.mean[...], (4, 2)), rtol=1e-6)
+    np.testing.assert_allclose(var, np.broadcast_to(whole.var[...], (4, 2)), rtol=1e-6)
+
+
+def test_one_value_has_no_unbiased_variance():
+    norm = BatchNorm(3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"at least two values per feature.*\(1, 3\)"):
+        norm(jnp.ones((1, 3)))
+    norm.eval()
+    assert norm(jnp.ones((1, 3))).shape == (1, 3)
