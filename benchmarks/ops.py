@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{row['shape']:34} {row['form']:10}{cells}", flush=True)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"jax": jax.__version__, "repeats": args.repeats, "rows": rows}, file, indent=1)
+            json.dump(
+                {"jax": jax.__version__, "repeats": args.repeats, "rows": rows}, file, indent=1
+            )
 
 
 def measure(shape: Matmul | Conv, repeats: int, *, naive: bool) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ def _passes(product: Product) -> tuple[Callable[..., Array], ...]:
 def _products(
     shape: Matmul | Conv,
 ) -> tuple[dict[str, Product], tuple[int, ...], tuple[int, ...]]:
-    adders = {"naive": "reference", "xla": "xla"}
+    adders: dict[str, ops.Implementation] = {"naive": "reference", "xla": "xla"}
     if isinstance(shape, Matmul):
         products: dict[str, Product] = {"multiply": jnp.dot}
         for form, name in adders.items():

@@ -28,7 +28,7 @@ default_kernel_init = nnx.initializers.normal(stddev=1.0)
 default_bias_init = nnx.initializers.zeros_init()
 
 
-class AdderKernel(nnx.Param):
+class AdderKernel(nnx.Param[Any]):
     """The kernel of an adder product: what `jadder.optim.scale_by_adder` scales."""
 
 
@@ -48,8 +48,8 @@ class AdderDotGeneral:
     implementation: ops.Implementation | None = None
 
     def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-        fixed = {"rule": self.rule, "implementation": self.implementation}
-        return ops.adder_dot_general(lhs, rhs, *args, **kwargs, **fixed)
+        kwargs |= {"rule": self.rule, "implementation": self.implementation}
+        return ops.adder_dot_general(lhs, rhs, *args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,8 @@ class AdderConvGeneralDilated:
     implementation: ops.Implementation | None = None
 
     def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-        fixed = {"rule": self.rule, "implementation": self.implementation}
-        return ops.adder_conv_general_dilated(lhs, rhs, *args, **kwargs, **fixed)
+        kwargs |= {"rule": self.rule, "implementation": self.implementation}
+        return ops.adder_conv_general_dilated(lhs, rhs, *args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,8 @@ class AdderEinsum:
     implementation: ops.Implementation | None = None
 
     def __call__(self, subscripts: str, x: Array, kernel: Array, **kwargs: Any) -> Array:
-        fixed = {"rule": self.rule, "implementation": self.implementation}
-        return ops.adder_einsum(subscripts, x, kernel, **kwargs, **fixed)
+        kwargs |= {"rule": self.rule, "implementation": self.implementation}
+        return ops.adder_einsum(subscripts, x, kernel, **kwargs)
 
 
 class AdderLinear(nnx.Linear):
@@ -651,7 +651,8 @@ def adderize(
         nnx.ConvTranspose: ("conv_general_dilated", AdderConvGeneralDilated(rule, implementation)),
     }
     changed = 0
-    for path, layer in list(nnx.iter_modules(model)):
+    modules: list[tuple[tuple[Any, ...], Any]] = list(nnx.iter_modules(model))
+    for path, layer in modules:
         kind = next((kind for kind in products if isinstance(layer, kind)), None)
         if kind is None or not (where is None or where(path, layer)):
             continue
@@ -755,7 +756,7 @@ def _transpose_padding(
     if isinstance(padding, int):
         return [(padding, padding)] * len(spans)
     if not isinstance(padding, str):
-        return [(side, side) if isinstance(side, int) else tuple(side) for side in padding]
+        return [(side, side) if isinstance(side, int) else (side[0], side[1]) for side in padding]
     pads = []
     for span, stride in zip(spans, strides, strict=True):
         if padding == "SAME":

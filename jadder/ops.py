@@ -682,7 +682,7 @@ def _short_conv(
 
     if not isinstance(padding, str):
         sides = (padding,) * rank if isinstance(padding, int) else tuple(padding)
-        padding = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
+        padding = [(side, side) if isinstance(side, int) else (side[0], side[1]) for side in sides]
     channels_last = (0, rank + 1, *range(1, rank + 1))
     window_first = (rank + 1, rank, *range(rank))
     batch = x.shape[: x.ndim - rank - 1]

@@ -15,7 +15,6 @@ a tree of bools or a function that makes one from the parameters, as in ``optax.
 `jadder.nn.adder_mask` makes it for a model.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,7 +71,7 @@ def scale_by_adder(eta: float = 0.2, *, mask: Mask | None = None) -> optax.Gradi
         norm = jnp.linalg.norm(wide.ravel())
         return (eta * update.size**0.5 / jnp.where(norm > 0, norm, 1) * wide).astype(update.dtype)
 
-    return _by_kind("scale_by_adder", mask, adder=scale)
+    return _by_kind("scale_by_adder", mask, adder=scale, other=_unchanged)
 
 
 def adder_sgd(
@@ -166,7 +165,7 @@ UpdateLeaf = Callable[[Array, Array | None], Array]
 
 
 def _by_kind(
-    name: str, mask: Mask | None, *, adder: UpdateLeaf, other: UpdateLeaf | None = None
+    name: str, mask: Mask | None, *, adder: UpdateLeaf, other: UpdateLeaf
 ) -> optax.GradientTransformation:
     """Updates adder kernels with one function and all else with another."""
 
@@ -180,17 +179,17 @@ def _by_kind(
         marks = jax.tree.leaves(state.is_adder)
         values = [None] * len(leaves) if params is None else jax.tree.leaves(params)
         updated = [
-            jax.lax.cond(
-                mark,
-                functools.partial(adder, param=value),
-                (lambda leaf: leaf) if other is None else functools.partial(other, param=value),
-                leaf,
-            )
+            jax.lax.cond(mark, adder, other, leaf, value)
             for leaf, mark, value in zip(leaves, marks, values, strict=True)
         ]
         return jax.tree.unflatten(structure, updated), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _unchanged(update: Array, param: Array | None) -> Array:
+    del param
+    return update
 
 
 def _adder_leaves(name: str, params: optax.Params, mask: Mask | None) -> Any:

@@ -15,7 +15,9 @@ CASES = [shape for shape in (*MATMULS, *RESNET20_CONVS) if shape.macs < 2**31]
 PASSES = ("forward", "backward")
 
 
-@pytest.mark.parametrize("rule", [GradientRule(), GradientRule((4, 1), (4, 1))], ids=["", "bounded"])
+@pytest.mark.parametrize(
+    "rule", [GradientRule(), GradientRule((4, 1), (4, 1))], ids=["published", "bounded"]
+)
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("shape", CASES, ids=lambda shape: shape.name)
 def test_temporaries_take_at_most_three_times_the_operands(shape, passes, rule):

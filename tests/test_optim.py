@@ -31,9 +31,8 @@ def make(request):
 
 def model():
     rngs = nnx.Rngs(0)
-    return nnx.Sequential(
-        jadder.AdderLinear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
-    )
+    adder, norm = jadder.AdderLinear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+    return nnx.Sequential(adder, norm, nnx.Linear(4, 2, rngs=rngs))
 
 
 @given(
@@ -125,9 +124,7 @@ class TestOptaxCompatibility:
 
     def test_masks_may_be_trees_prefixes_or_functions(self, make):
         full = {"adder": True, "norm": {"scale": False, "bias": False}}
-        results = [
-            self.run(make(mask=mask)) for mask in (MASK, full, lambda params: full)
-        ]
+        results = [self.run(make(mask=mask)) for mask in (MASK, full, lambda params: full)]
         for result in results[1:]:
             jax.tree.map(np.testing.assert_array_equal, result, results[0])
 

@@ -37,7 +37,7 @@ class Phase(NamedTuple):
     """
 
     residue: int
-    count: int
+    size: int
     taps: tuple[tuple[int, int], ...]
 
 
@@ -61,10 +61,10 @@ def split_phases(targets: int, multiply: int, divide: int, offsets: Sequence[int
     period, step = divide // common, multiply // common
     phases = []
     for residue in range(min(period, targets)):
-        count = -(-(targets - residue) // period)
+        size = -(-(targets - residue) // period)
         numerators = [residue * multiply + offset for offset in offsets]
         taps = [(tap, n // divide) for tap, n in enumerate(numerators) if n % divide == 0]
-        phases.append(Phase(residue, count, tuple(taps)))
+        phases.append(Phase(residue, size, tuple(taps)))
     return Phases(period, step, tuple(phases))
 
 
@@ -105,5 +105,5 @@ def reach(phases: Phases, sources: int) -> tuple[int, int]:
     for phase in phases.phases:
         for _, start in phase.taps:
             low = min(low, start)
-            high = max(high, start + (phase.count - 1) * phases.step + 1)
+            high = max(high, start + (phase.size - 1) * phases.step + 1)
     return -low, high - sources

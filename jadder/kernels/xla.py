@@ -268,7 +268,7 @@ def _targets(
         starts.append(tuple(s + low for (_, s), low in zip(combination, lows, strict=True)))
     return _Targets(
         residues=tuple(phase.residue for phase in phases),
-        counts=tuple(phase.count for phase in phases),
+        counts=tuple(phase.size for phase in phases),
         steps=tuple(dimension.step for dimension in dimensions),
         taps=tuple(taps),
         starts=tuple(starts),
@@ -280,9 +280,9 @@ def _interleave(sums: Sequence[Array], dimensions: Sequence[Phases]) -> Array:
     classes = [len(dimension.phases) for dimension in dimensions]
     if len(sums) == 1:
         return sums[0]
-    targets = [sum(phase.count for phase in dimension.phases) for dimension in dimensions]
+    targets = [sum(phase.size for phase in dimension.phases) for dimension in dimensions]
     for axis, dimension in enumerate(dimensions, start=1):
-        longest = dimension.phases[0].count
+        longest = dimension.phases[0].size
         sums = [_pad_to(part, axis, longest) for part in sums]
     spatial = len(dimensions)
     stacked = jnp.stack(sums).reshape(*classes, *sums[0].shape)

@@ -44,7 +44,7 @@ def flatten(x: Array) -> Array:
 
 def max_pool(x: Array, window: int, *, padding: int = 0) -> Array:
     """The maximum of every ``window`` by ``window`` pixels with stride 2, padding left out."""
-    pooled: Array = nnx.max_pool(  # type: ignore[no-untyped-call]
+    pooled: Array = nnx.max_pool(
         x, (window, window), strides=(2, 2), padding=((padding, padding), (padding, padding))
     )
     return pooled

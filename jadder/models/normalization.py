@@ -122,7 +122,7 @@ class BatchNorm(nnx.BatchNorm):
             count = jnp.broadcast_to(mask, x.shape).sum(others)
         if self.axis_name is not None:
             groups = self.axis_index_groups
-            count = lax.psum(count, self.axis_name, axis_index_groups=groups)  # type: ignore[no-untyped-call]
+            count = lax.psum(count, self.axis_name, axis_index_groups=groups)
         if not isinstance(count, jax.Array) and count < 2:
             raise ValueError(
                 "BatchNorm in training mode needs at least two values per feature, "
