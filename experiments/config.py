@@ -1,0 +1,217 @@
+"""What a training run can be told, as a dataclass and as command-line options."""
+
+import argparse
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from experiments.errors import UserError
+
+FAMILIES = ("adder", "conv", "euclid")
+OPTIMIZERS = ("auto", "sgd", "adamw")
+RULES = ("default", "addernet", "adder_vit", "sign")
+
+# Options that say where a run lies and how it is watched. A run can be resumed with other values
+# of these, of no others.
+PLACES = ("family", "data_dir", "out_dir", "name", "resume", "checkpoint_every")
+
+
+def _option(default: Any, group: str, help: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, **more})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run, or several that differ in `family` only.
+
+    The fields are the options of `python -m experiments.train`, whose help text describes them.
+    """
+
+    model: str = _option(
+        "auto", "model", "network to train; 'auto' takes a small one that suits the data set"
+    )
+    family: tuple[str, ...] = _option(
+        ("adder", "conv"),
+        "model",
+        "what its layers compute: 'adder' sums |x - w|, 'euclid' sums (x - w)^2, 'conv' "
+        "multiplies; several are trained one after the other and compared",
+        choices=FAMILIES,
+    )
+    rule: str = _option(
+        "default",
+        "model",
+        "gradient rule of adder layers; 'default' is the model's own",
+        choices=RULES,
+    )
+    implementation: str | None = _option(
+        None,
+        "model",
+        "how adder products are computed: xla, reference, ...; default: the best",
+    )
+
+    dataset: str = _option(
+        "digits",
+        "data",
+        "digits (comes with scikit-learn), mnist, fashion_mnist, cifar10, or tfds:NAME for an "
+        "image classification set that tensorflow-datasets has prepared",
+    )
+    data_dir: str | None = _option(
+        None,
+        "data",
+        "folder with the data set's files, or with a folder of its name; default: 'data', for "
+        "tfds: ~/tensorflow_datasets",
+        metavar="DIR",
+    )
+    image_size: int | None = _option(
+        None,
+        "data",
+        "resize images to this many pixels on each side; default: as they are, for digits 28",
+        metavar="PIXELS",
+    )
+    limit_train: int | None = _option(None, "data", "train on the first N images only", metavar="N")
+    augment: bool = _option(
+        True, "data", "shift and mirror training images at random, where that suits the data set"
+    )
+
+    epochs: int = _option(20, "training", "passes over the training images")
+    batch_size: int = _option(128, "training", "images in one step", metavar="N")
+    optimizer: str = _option(
+        "auto",
+        "training",
+        "'auto' takes adamw for transformers and sgd for other models",
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float | None = _option(
+        None,
+        "training",
+        "peak learning rate; default: 0.1 for sgd, 0.001 for adamw",
+        metavar="RATE",
+    )
+    warmup_epochs: float = _option(
+        1.0,
+        "training",
+        "epochs in which the rate rises to its peak, at most a tenth of the run; then it falls "
+        "along a cosine to 0",
+        metavar="EPOCHS",
+    )
+    momentum: float = _option(0.9, "training", "momentum of sgd")
+    weight_decay: float | None = _option(
+        None, "training", "default: 0.0005 for sgd, 0.05 for adamw", metavar="DECAY"
+    )
+    eta: float = _option(
+        0.2, "training", "size of the adder layers' steps: AdderNet's adaptive scaling (sgd only)"
+    )
+    seed: int = _option(0, "training", "two runs with one seed give the same numbers")
+
+    out_dir: str = _option("runs", "output", "folder that takes the runs' folders", metavar="DIR")
+    name: str | None = _option(
+        None, "output", "name of the run's folder; default: DATASET-MODEL-FAMILY-sSEED"
+    )
+    resume: bool = _option(False, "output", "go on from the last checkpoint of this very run")
+    checkpoint_every: float = _option(
+        60.0, "output", "save at least this often, besides each epoch's end", metavar="SECONDS"
+    )
+
+    def __post_init__(self) -> None:
+        for field in ("epochs", "batch_size", "image_size", "limit_train", "learning_rate", "eta",
+                      "checkpoint_every"):  # fmt: skip
+            self._check_number(field, positive=True)
+        for field in ("weight_decay", "warmup_epochs", "momentum", "seed"):
+            self._check_number(field, positive=False)
+        if self.momentum >= 1:
+            raise UserError(f"--momentum must be below 1, got {self.momentum}")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed must be below 2**32, got {self.seed}")
+        if not self.family or len(set(self.family)) != len(self.family):
+            raise UserError(f"--family must name each family once, got {' '.join(self.family)!r}")
+        if self.name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
+            raise UserError(f"--name must be a plain folder name, got {self.name!r}")
+
+    def _check_number(self, field: str, *, positive: bool) -> None:
+        value = getattr(self, field)
+        if value is None:
+            return
+        if not math.isfinite(value) or value < 0 or (positive and value == 0):
+            least = "positive" if positive else "zero or more"
+            raise UserError(f"{flag(field)} must be {least}, got {value}")
+
+    def run_name(self, family: str) -> str:
+        """The folder of the run of one family."""
+        if self.name is None:
+            return f"{self.stem}-{family}-s{self.seed}"
+        return self.name if len(self.family) == 1 else f"{self.name}-{family}"
+
+    @property
+    def comparison_name(self) -> str:
+        """The name of the picture that shows all families."""
+        return f"{self.name or f'{self.stem}-s{self.seed}'}-{'-'.join(self.family)}"
+
+    @property
+    def stem(self) -> str:
+        return re.sub(r"[^\w.+-]+", "_", f"{self.dataset}-{self.model}")
+
+    def science(self) -> dict[str, Any]:
+        """The fields that decide a run's numbers."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in PLACES}
+
+
+def flag(field: str) -> str:
+    """The option of a field: `batch_size` gives `--batch-size`."""
+    return "--" + field.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `python -m experiments.train`, one for each field of TrainConfig."""
+    parser = _Parser(
+        prog="python -m experiments.train",
+        description="Train networks that add instead of multiply, beside their multiplying twins. "
+        "Without options: an AdderNet and its twin on small handwritten digits, in about a minute.",
+        epilog="examples: "
+        "`python -m experiments.train --dataset mnist --data-dir DIR --epochs 10`; "
+        "`python -m experiments.train --dataset cifar10 --data-dir DIR --model resnet20 "
+        "--family adder --epochs 10`, and the same with --resume after an interruption",
+        formatter_class=argparse.HelpFormatter,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        meta = dict(field.metadata)
+        name = meta.pop("group")
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        _add_option(groups[name], field, meta)
+    return parser
+
+
+def _add_option(group: Any, field: dataclasses.Field[Any], meta: dict[str, Any]) -> None:
+    if isinstance(field.default, bool):
+        action = argparse.BooleanOptionalAction if field.default else "store_true"
+        group.add_argument(flag(field.name), action=action, default=field.default, **meta)
+        return
+    default: Any = field.default
+    if field.name == "family":
+        meta["nargs"] = "+"
+        default = " ".join(default)
+    types = {"int": int, "float": float}
+    kind = next((kind for name, kind in types.items() if name in str(field.type)), str)
+    if field.default is not None:
+        meta["help"] += f" (default: {default})"
+    group.add_argument(flag(field.name), type=kind, default=field.default, **meta)
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The configuration that the command line `argv` asks for.
+
+    Raises:
+        UserError: an option is unknown or its value is not one it can take.
+    """
+    values = vars(make_parser().parse_args(argv))
+    return TrainConfig(**{**values, "family": tuple(values["family"])})

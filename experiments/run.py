@@ -1,0 +1,311 @@
+"""One training run: from a configuration to a folder with its metrics, curves and result."""
+
+import itertools
+import signal
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import build, optimizer, steps
+from experiments.checkpoint import Checkpoints, check_fingerprint, checksum, describe
+from experiments.config import TrainConfig
+from experiments.curves import draw
+from experiments.data import Dataset
+from experiments.environment import hardware, peak_memory, versions
+from experiments.errors import UserError
+from experiments.files import read_json, write_json
+from experiments.interrupt import Interrupted, StopRequest
+from experiments.metrics import MetricsFile, Row
+from experiments.progress import Progress
+from jadder.nn import adder_mask
+
+Result = dict[str, Any]
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Refuses to write over earlier runs, or to resume where nothing is.
+
+    Raises:
+        UserError: see above; nothing has been written then.
+    """
+    folders = [Path(config.out_dir) / config.run_name(family) for family in config.family]
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, expected a folder for the run")
+        used = folder.is_dir() and any(folder.iterdir())
+        if used and not config.resume:
+            raise UserError(
+                f"{folder} holds a run already; --resume goes on with it, --name or --out-dir "
+                "makes a new one"
+            )
+        if used and not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has files, but no run: it lacks config.json")
+    if config.resume and not any((folder / "config.json").is_file() for folder in folders):
+        raise UserError(f"nothing to resume: there is no run in {' or '.join(map(str, folders))}")
+
+
+class Run:
+    """The training of one family's network.
+
+    Args:
+        config: the configuration, whose model is a name (not "auto").
+        family: which of its families.
+        dataset: the images.
+        command: the command line, for the record.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, or the configuration does
+            not suit the data.
+    """
+
+    def __init__(self, config: TrainConfig, family: str, dataset: Dataset, command: str):
+        self.config, self.family, self.dataset, self.command = config, family, dataset, command
+        self.name = config.run_name(family)
+        self.folder = Path(config.out_dir) / self.name
+        images = len(dataset.train_images)
+        if config.batch_size > images:
+            raise UserError(
+                f"--batch-size {config.batch_size} is more than the {images} training images"
+            )
+        self.steps_per_epoch = images // config.batch_size
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.recipe = optimizer.choose(config)
+        self.schedule = optimizer.warmup_cosine(
+            self.recipe.learning_rate,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            warmup_epochs=config.warmup_epochs,
+        )
+        model = build.build_model(config, family, dataset)
+        tx = optimizer.make(config, self.recipe, self.schedule, adder_mask(model))
+        self.graphdef, self.state = steps.initial_state(model, tx)
+        self.train_step = steps.make_train_step(
+            self.graphdef, tx, dataset,
+            batch_size=config.batch_size, seed=config.seed, augment=config.augment,
+        )  # fmt: skip
+        self.eval_step = steps.make_eval_step(self.graphdef, dataset, batch_size=config.batch_size)
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state["params"]))
+        self.fingerprint = {
+            "family": family,
+            **config.science(),
+            **vars(self.recipe),
+            "data": dataset.fingerprint(),
+            "parameters": describe(self.state["params"]),
+        }
+        if (self.folder / "config.json").is_file():
+            saved = read_json(self.folder / "config.json")
+            saved = saved.get("run") if isinstance(saved, dict) else None
+            check_fingerprint(saved or {}, self.fingerprint, self.folder)
+
+    def finished(self) -> Result | None:
+        """The result, if the run has come to its end."""
+        path = self.folder / "result.json"
+        return read_json(path) if path.is_file() else None
+
+    def train(self, stop: StopRequest) -> Result:
+        """Trains to the end, from the last checkpoint if there is one.
+
+        Raises:
+            Interrupted: `stop` was requested; the state has been saved.
+            UserError: the checkpoint is not this run's, or the loss is no longer finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with Checkpoints(self.folder / "checkpoints", self.fingerprint) as checkpoints:
+            restored = checkpoints.restore(self.state)
+            progress: dict[str, Any] = {"epochs": 0, "seconds": 0.0}
+            if restored is not None:
+                self.state, progress = restored
+            elif not (self.folder / "config.json").is_file():
+                record = {"run": self.fingerprint, "command": self.command, "versions": versions()}
+                write_json(self.folder / "config.json", record)
+            metrics = MetricsFile(self.folder / "metrics.jsonl", progress["epochs"])
+            self._loop(checkpoints, metrics, stop, progress["seconds"])
+        return self._finish(metrics.rows)
+
+    def _loop(
+        self, checkpoints: Checkpoints, metrics: MetricsFile, stop: StopRequest, before: float
+    ) -> None:
+        config, dataset = self.config, self.dataset
+        clock = _Clock(before)
+        step = int(self.state["step"])
+        total, done = config.epochs * self.images_per_epoch, step * config.batch_size
+        images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+        test = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
+
+        def save() -> None:
+            progress = {"epochs": len(metrics.rows), "seconds": clock.seconds()}
+            checkpoints.save(step, self.state, progress)
+            clock.saved()
+
+        def stop_if_asked() -> None:
+            if stop.signum is not None:
+                save()
+                raise Interrupted(f"{self.name} stopped after {step} of {self.total_steps} steps",
+                                  stop.signum)  # fmt: skip
+
+        with Progress(self.name, total, done) as bar:
+            for epoch in range(len(metrics.rows), config.epochs):
+                order = jnp.asarray(epoch_order(config.seed, epoch, len(images)))
+                clock.start_epoch()
+                first = step
+                while step < (epoch + 1) * self.steps_per_epoch:
+                    self.state, sums = self.train_step(self.state, images, labels, order)
+                    step += 1
+                    if clock.fetch_due():
+                        loss, accuracy = means(sums)
+                        clock.fetched()
+                        bar.show(step * config.batch_size, loss, accuracy)
+                    stop_if_asked()
+                    if clock.seconds_since_save() > config.checkpoint_every:
+                        save()
+                train = means(self.state["sums"])
+                rate = (step - first) * config.batch_size / clock.epoch_seconds()
+                bar.show(step * config.batch_size, *train)
+                self._check_finite(train[0], step)
+                tested = self._evaluate(*test, stop_if_asked)
+                row = self._row(epoch + 1, step, train, tested, clock.seconds(), rate)
+                metrics.append(row)
+                self.state["sums"] = steps.zero_sums()
+                save()
+                if clock.draw_due():
+                    draw(self.folder / "curves.png", self.name, {self.family: metrics.rows})
+                bar.line(describe_row(self.name, config.epochs, row))
+
+    @property
+    def images_per_epoch(self) -> int:
+        return self.steps_per_epoch * self.config.batch_size
+
+    def _evaluate(self, images: jax.Array, labels: jax.Array, stop_if_asked: Any) -> Any:
+        sums = steps.zero_sums()
+        for start in range(0, len(images), self.config.batch_size):
+            sums = self.eval_step(
+                self.state["params"], self.state["model"], images, labels, start, sums
+            )
+            stop_if_asked()
+        return means(sums)
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not np.isfinite(loss):
+            raise UserError(
+                f"the training loss of {self.name} is {loss} at step {step}: a lower "
+                "--learning-rate may help", status=1,
+            )  # fmt: skip
+
+    def _row(
+        self, epoch: int, step: int, train: Any, tested: Any, seconds: float, rate: float
+    ) -> Row:
+        return {
+            "epoch": epoch,
+            "step": step,
+            "train_loss": train[0],
+            "train_accuracy": train[1],
+            "test_loss": tested[0],
+            "test_accuracy": tested[1],
+            "learning_rate": float(self.schedule(step - 1)),
+            "seconds": round(seconds, 3),
+            "images_per_second": round(rate, 1),
+        }
+
+    def _finish(self, rows: list[Row]) -> Result:
+        best = max(rows, key=lambda row: row["test_accuracy"])
+        times = [0.0, *(row["seconds"] for row in rows)]
+        draw(self.folder / "curves.png", self.name, {self.family: rows})
+        result = {
+            "name": self.name,
+            "run": self.fingerprint,
+            "test_accuracy": rows[-1]["test_accuracy"],
+            "best_test_accuracy": best["test_accuracy"],
+            "best_epoch": best["epoch"],
+            "train_accuracy": rows[-1]["train_accuracy"],
+            "parameters": self.parameters,
+            "parameters_sha256": checksum(self.state["params"]),
+            "epochs": self.config.epochs,
+            "steps": self.total_steps,
+            "seconds": times[-1],
+            "seconds_per_epoch": statistics.median(b - a for a, b in itertools.pairwise(times)),
+            "images_per_second": statistics.median(row["images_per_second"] for row in rows),
+            **peak_memory(),
+            "command": self.command,
+            "note": self.dataset.note,
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        write_json(self.folder / "result.json", result)
+        return result
+
+
+def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The order in which an epoch (from 0) goes through the images; the same in every process."""
+    return np.random.default_rng((seed, epoch)).permutation(images).astype(np.int32)
+
+
+def means(sums: Any) -> tuple[float, float]:
+    """Mean loss and accuracy; waits for the device."""
+    fetched = jax.device_get(sums)
+    count = max(int(fetched["count"]), 1)
+    return float(fetched["loss"]) / count, int(fetched["correct"]) / count
+
+
+def describe_row(name: str, epochs: int, row: Row) -> str:
+    """An epoch's metrics as a line for people."""
+    return (
+        f"{name} epoch {row['epoch']}/{epochs}: "
+        f"loss {row['train_loss']:.3f}, accuracy {row['train_accuracy']:.2%}, "
+        f"test loss {row['test_loss']:.3f}, test accuracy {row['test_accuracy']:.2%}, "
+        f"{row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
+    )
+
+
+class _Clock:
+    """When to look at the device and when to save; how long a run has taken.
+
+    Looking at a step's numbers waits for that step, so it happens about twice a second and not
+    at every step.
+    """
+
+    def __init__(self, before: float):
+        self._start = time.monotonic() - before
+        self._saved = self._epoch = self._fetched = self._drawn = time.monotonic()
+        self._every, self._since = 1, 0
+
+    def seconds(self) -> float:
+        """Seconds spent on the run, those of the saved part of earlier processes included."""
+        return time.monotonic() - self._start
+
+    def start_epoch(self) -> None:
+        self._epoch = time.monotonic()
+
+    def epoch_seconds(self) -> float:
+        return time.monotonic() - self._epoch
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
+    def seconds_since_save(self) -> float:
+        return time.monotonic() - self._saved
+
+    def draw_due(self) -> bool:
+        """True at most every ten seconds: drawing can take longer than a small epoch."""
+        due = time.monotonic() - self._drawn > 10
+        self._drawn = time.monotonic() if due else self._drawn
+        return due
+
+    def fetch_due(self) -> bool:
+        self._since += 1
+        return self._since >= self._every
+
+    def fetched(self) -> None:
+        now = time.monotonic()
+        took = (now - self._fetched) / self._since
+        self._every = min(max(1, int(0.5 / max(took, 1e-6))), 2 * self._since)
+        self._fetched, self._since = now, 0
+
+
+def exit_status(signum: int) -> int:
+    """The status with which shells report a process that a signal ended: 130 for SIGINT."""
+    return 128 + signal.Signals(signum).value

@@ -1,0 +1,353 @@
+"""experiments.data: each format, and each way in which its files can be wrong."""
+
+import gzip
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.data import load, read_idx
+from experiments.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_digits_split_is_fixed() -> None:
+    from sklearn.datasets import load_digits
+
+    dataset, again = load("digits", image_size=8), load("digits", image_size=8)
+    bunch = load_digits()
+    assert dataset.train_images.shape == (1438, 8, 8, 1)
+    assert dataset.test_images.shape == (359, 8, 8, 1)
+    assert dataset.train_images.dtype == np.uint8
+    np.testing.assert_array_equal(dataset.test_labels, bunch.target[4::5])
+    np.testing.assert_array_equal(
+        dataset.test_images[3, ..., 0], np.round(bunch.images[19] / 16 * 255)
+    )
+    assert dataset.fingerprint() == again.fingerprint()
+    enlarged = load("digits")
+    assert enlarged.train_images.shape == (1438, 28, 28, 1)
+    np.testing.assert_array_equal(enlarged.train_labels, dataset.train_labels)
+    np.testing.assert_allclose(
+        enlarged.train_images.mean((1, 2)), dataset.train_images.mean((1, 2)), atol=15
+    )
+
+
+def test_normalized_training_images_have_mean_0_and_deviation_1() -> None:
+    dataset = load("digits")
+    scaled = (dataset.train_images / 255 - dataset.mean) / dataset.std
+    np.testing.assert_allclose([scaled.mean(), scaled.std()], [0, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_idx_files(
+    name: str, mnist_folder: Path, mnist_arrays: dict[str, np.ndarray[Any, Any]]
+) -> None:
+    dataset = load(name, str(mnist_folder))
+    expected = list(mnist_arrays.values())
+    np.testing.assert_array_equal(dataset.train_images[..., 0], expected[0])
+    np.testing.assert_array_equal(dataset.train_labels, expected[1])
+    np.testing.assert_array_equal(dataset.test_images[..., 0], expected[2])
+    np.testing.assert_array_equal(dataset.test_labels, expected[3])
+    assert dataset.train_images.dtype == np.uint8
+    assert dataset.train_images.shape[-1] == 1
+
+
+def test_cifar10(cifar_folder: Path, cifar_arrays: dict[str, Any]) -> None:
+    dataset = load("cifar10", str(cifar_folder))
+    parts = list(cifar_arrays.values())
+    np.testing.assert_array_equal(dataset.train_images, np.concatenate([p[1] for p in parts[:5]]))
+    np.testing.assert_array_equal(dataset.train_labels, np.concatenate([p[0] for p in parts[:5]]))
+    np.testing.assert_array_equal(dataset.test_images, parts[5][1])
+    np.testing.assert_array_equal(dataset.test_labels, parts[5][0])
+
+
+def test_parent_folder_will_do(mnist_folder: Path, cifar_folder: Path) -> None:
+    assert len(load("mnist", str(mnist_folder.parent)).train_images) == 20
+    assert len(load("cifar10", str(cifar_folder.parent)).train_images) == 30
+
+
+def test_limit_and_resize(cifar_folder: Path) -> None:
+    whole = load("cifar10", str(cifar_folder))
+    part = load("cifar10", str(cifar_folder), image_size=16, limit_train=9)
+    assert part.train_images.shape == (9, 16, 16, 3)
+    assert part.test_images.shape == (6, 16, 16, 3)
+    np.testing.assert_array_equal(part.train_labels, whole.train_labels[:9])
+    assert part.fingerprint() != whole.fingerprint()
+    # A resized image keeps its mean colour.
+    np.testing.assert_allclose(
+        part.train_images.mean((1, 2)), whole.train_images[:9].mean((1, 2)), atol=3
+    )
+
+
+def test_fingerprint_sees_one_pixel(mnist_folder: Path) -> None:
+    before = load("mnist", str(mnist_folder)).fingerprint()
+    path = mnist_folder / "train-images-idx3-ubyte"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert load("mnist", str(mnist_folder)).fingerprint() != before
+
+
+# -- files that are wrong --------------------------------------------------------------------------
+
+
+def error_of(name: str, folder: Path | str, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load(name, str(folder), **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_missing_folder(name: str, tmp_path: Path) -> None:
+    assert f"{tmp_path}/none does not exist" in error_of(name, tmp_path / "none")
+
+
+def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    assert "is a file, expected a folder" in error_of("mnist", tmp_path / "x")
+
+
+def test_half_of_the_files(mnist_folder: Path, cifar_folder: Path) -> None:
+    (mnist_folder / "train-images-idx3-ubyte").unlink()
+    (mnist_folder / "t10k-labels-idx1-ubyte.gz").unlink()
+    text = error_of("mnist", mnist_folder)
+    assert "lacks 2 of 4 files" in text
+    assert "train-images-idx3-ubyte, t10k-labels-idx1-ubyte" in text
+    (cifar_folder / "data_batch_3.bin").unlink()
+    assert "lacks 1 of 6 files" in error_of("cifar10", cifar_folder)
+    assert "data_batch_3.bin" in error_of("cifar10", cifar_folder)
+
+
+def test_truncated_idx(mnist_folder: Path) -> None:
+    path = mnist_folder / "train-images-idx3-ubyte"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    assert f"is truncated: expected {len(whole)} bytes, got {len(whole) - 5}" in error_of(
+        "mnist", mnist_folder
+    )
+    path.write_bytes(whole[:10])
+    assert "truncated: expected 16 bytes of header, got 10" in error_of("mnist", mnist_folder)
+    path.write_bytes(whole + b"x")
+    assert f"is too long: expected {len(whole)} bytes" in error_of("mnist", mnist_folder)
+    path.write_bytes(b"")
+    assert "an empty file" in error_of("mnist", mnist_folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_damaged_gzip(damage: str, mnist_folder: Path) -> None:
+    path = mnist_folder / "train-labels-idx1-ubyte.gz"
+    raw = bytearray(path.read_bytes())
+    if damage == "changed":
+        raw[-6] ^= 0xFF
+    path.write_bytes(raw[:-9] if damage == "cut" else raw)
+    assert "train-labels-idx1-ubyte.gz is truncated or damaged" in error_of("mnist", mnist_folder)
+
+
+def test_idx_of_another_kind(mnist_folder: Path) -> None:
+    images, labels = "train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"
+    raw = (mnist_folder / images).read_bytes()
+    (mnist_folder / images).write_bytes(gzip.decompress((mnist_folder / labels).read_bytes()))
+    text = error_of("mnist", mnist_folder)
+    assert "expected it to begin with 00 00 08 03, got 00 00 08 01" in text
+    (mnist_folder / images).write_bytes(b"\x89PNG" + raw)
+    assert "is not an IDX file of images" in error_of("mnist", mnist_folder)
+
+
+def test_images_and_labels_disagree(mnist_folder: Path) -> None:
+    header = bytes((0, 0, 8, 1)) + np.asarray([3], ">u4").tobytes()
+    (mnist_folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + b"\0\1\2"))
+    assert "has 20 images, but train-labels-idx1-ubyte.gz 3 labels" in error_of(
+        "mnist", mnist_folder
+    )
+
+
+def test_labels_out_of_range(mnist_folder: Path, cifar_folder: Path) -> None:
+    header = bytes((0, 0, 8, 1)) + np.asarray([20], ">u4").tobytes()
+    path = mnist_folder / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(header + bytes([11] * 20)))
+    assert "labels from 11 to 11, expected 0 to 9" in error_of("mnist", mnist_folder)
+    raw = bytearray((cifar_folder / "test_batch.bin").read_bytes())
+    raw[0] = 200
+    (cifar_folder / "test_batch.bin").write_bytes(raw)
+    assert "to 200, expected 0 to 9" in error_of("cifar10", cifar_folder)
+
+
+def test_truncated_cifar10(cifar_folder: Path) -> None:
+    path = cifar_folder / "data_batch_2.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3073])
+    assert "expected five training files of one size" in error_of("cifar10", cifar_folder)
+    path.write_bytes(whole)
+    path = cifar_folder / "test_batch.bin"
+    path.write_bytes(whole[:-100])
+    text = error_of("cifar10", cifar_folder)
+    assert "expected a multiple of 3073 bytes" in text
+    assert f"got {len(whole) - 100}" in text
+
+
+def test_unknown_name_and_too_large_limit(mnist_folder: Path) -> None:
+    assert "'svhn' is not one of digits, mnist" in error_of("svhn", mnist_folder)
+    assert "mnist has 20 training images" in error_of("mnist", mnist_folder, limit_train=21)
+
+
+def test_empty_idx(tmp_path: Path) -> None:
+    path = tmp_path / "x-idx3-ubyte"
+    path.write_bytes(bytes((0, 0, 8, 3)) + np.asarray([0, 28, 28], ">u4").tobytes())
+    with pytest.raises(UserError, match=r"is empty: its header gives the shape \(0, 28, 28\)"):
+        read_idx(path, dims=3)
+
+
+# -- tensorflow-datasets ---------------------------------------------------------------------------
+
+
+def png(image: np.ndarray[Any, Any]) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="png")
+    return content.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sets prepared by tensorflow-datasets: tiny/1.0.0, uneven/1.0.0, pairs/1.0.0."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    tfds.disable_progress_bar()
+    folder = tmp_path_factory.mktemp("tfds")
+    feature = tfds.features
+
+    class Base(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc, name-defined]
+        VERSION = tfds.core.Version("1.0.0")
+        url_infos: dict[str, Any] = {}  # noqa: RUF012 - not looked for beside this module
+        shape: tuple[int | None, ...] = (8, 8, 3)
+
+        def _info(self) -> Any:
+            features = {
+                "image": feature.Image(shape=self.shape),
+                "label": feature.ClassLabel(num_classes=3),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=feature.FeaturesDict(features),
+                supervised_keys=("image", "label"),
+            )
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            return {"train": self._generate_examples(20), "test": self._generate_examples(7)}
+
+        def _generate_examples(self, count: int = 0) -> Any:
+            for i in range(count):
+                side = 8 if self.shape[0] else 8 + i
+                # The features encode arrays with TensorFlow, but take encoded images as they are.
+                yield i, {"image": png(np.full((side, 8, 3), i, np.uint8)), "label": i % 3}
+
+    class Tiny(Base):
+        pass
+
+    class Uneven(Base):
+        shape = (None, None, 3)
+
+    class Pairs(Base):
+        def _info(self) -> Any:
+            features = feature.FeaturesDict({"a": feature.Scalar(np.int64)})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _generate_examples(self, count: int = 0) -> Any:
+            yield from ((i, {"a": i}) for i in range(count))
+
+    for cls in (Tiny, Uneven, Pairs):
+        cls(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_tfds(tfds_folder: Path) -> None:
+    dataset = load("tfds:tiny", str(tfds_folder))
+    assert dataset.train_images.shape == (20, 8, 8, 3)
+    assert dataset.train_images.dtype == np.uint8
+    assert dataset.test_images.shape == (7, 8, 8, 3)
+    assert dataset.num_classes == 3
+    # Image i has the value i everywhere and the label i % 3, in whatever order they were written.
+    values = dataset.train_images[:, 0, 0, 0]
+    assert sorted(values) == list(range(20))
+    np.testing.assert_array_equal(dataset.train_labels, values % 3)
+    assert (
+        load("tfds:tiny:1.0.0", str(tfds_folder)).fingerprint().endswith(dataset.fingerprint()[-8:])
+    )
+
+
+def test_tfds_does_not_import_tensorflow(tfds_folder: Path) -> None:
+    code = (
+        "import sys; from experiments.data import load; "
+        f"d = load('tfds:tiny', {str(tfds_folder)!r}); "
+        "print(len(d.test_images), 'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["7", "False"]
+
+
+def test_tfds_images_of_several_sizes(tfds_folder: Path) -> None:
+    assert "several sizes" in error_of("tfds:uneven", tfds_folder)
+    assert "--image-size" in error_of("tfds:uneven", tfds_folder)
+    dataset = load("tfds:uneven", str(tfds_folder), image_size=8)
+    assert dataset.train_images.shape == (20, 8, 8, 3)
+
+
+def test_tfds_that_is_not_there(tfds_folder: Path) -> None:
+    text = error_of("tfds:absent", tfds_folder)
+    assert "tfds build absent --file_format=array_record" in text
+    assert "tfds build" in error_of("tfds:tiny:2.0.0", tfds_folder)
+
+
+def test_tfds_of_another_kind(tfds_folder: Path) -> None:
+    assert "no image classification set: it has the features a (" in error_of(
+        "tfds:pairs", tfds_folder
+    )
+
+
+def test_tfds_in_another_format(tfds_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "tiny" / "1.0.0"
+    target.mkdir(parents=True)
+    for path in (tfds_folder / "tiny" / "1.0.0").iterdir():
+        target.joinpath(path.name.replace("array_record", "tfrecord")).write_bytes(
+            path.read_bytes().replace(b"array_record", b"tfrecord")
+        )
+    assert "is not in the format array_record" in error_of("tfds:tiny", tmp_path)
+
+
+def test_tfds_with_a_damaged_file(tfds_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "tiny" / "1.0.0"
+    target.mkdir(parents=True)
+    for path in (tfds_folder / "tiny" / "1.0.0").iterdir():
+        content = path.read_bytes()
+        target.joinpath(path.name).write_bytes(content[:50] if "train" in path.name else content)
+    assert "cannot be read" in error_of("tfds:tiny", tmp_path)
+
+
+# -- the published files ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test", "first"),
+    [
+        ("mnist", 60000, 10000, ([5, 0, 4], [7, 2, 1])),
+        ("fashion_mnist", 60000, 10000, ([9, 0, 0], [9, 2, 1])),
+        ("cifar10", 50000, 10000, ([6, 9, 9], [3, 8, 8])),
+    ],
+)
+def test_published_files(
+    name: str, train: int, test: int, first: tuple[list[int], list[int]], real_data: Path
+) -> None:
+    dataset = load(name, str(real_data))
+    assert (len(dataset.train_images), len(dataset.test_images)) == (train, test)
+    assert (list(dataset.train_labels[:3]), list(dataset.test_labels[:3])) == first
+    # The constants are the means of the training images, to the digits in which they are quoted.
+    means = dataset.train_images.mean((0, 1, 2)) / 255
+    np.testing.assert_allclose(dataset.mean, means, atol=1e-3)

@@ -1,0 +1,108 @@
+"""experiments.config and experiments.optimizer: options, defaults and the learning rate."""
+
+import dataclasses
+import math
+import shlex
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.config import TrainConfig, make_parser, parse
+from experiments.errors import UserError
+from experiments.optimizer import Recipe, choose, warmup_cosine
+
+
+def test_no_options_are_the_defaults() -> None:
+    assert parse([]) == TrainConfig()
+
+
+def test_every_field_is_an_option_with_help() -> None:
+    text = make_parser().format_help()
+    for field in dataclasses.fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in text
+        assert field.metadata["help"]
+
+
+def test_options_are_read() -> None:
+    config = parse(
+        shlex.split(
+            "--family euclid conv --learning-rate 0.05 --batch-size 7 --no-augment --resume "
+            "--limit-train 9 --name x"
+        )
+    )
+    assert config == TrainConfig(
+        family=("euclid", "conv"), learning_rate=0.05, batch_size=7, augment=False, resume=True,
+        limit_train=9, name="x",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("--epochs 0", "--epochs must be positive, got 0"),
+        ("--epochs 1.5", "invalid int value: '1.5'"),
+        ("--learning-rate nan", "--learning-rate must be positive, got nan"),
+        ("--eta -1", "--eta must be positive, got -1.0"),
+        ("--momentum 1", "--momentum must be below 1"),
+        ("--seed -3", "--seed must be zero or more"),
+        ("--family adder adder", "--family must name each family once"),
+        ("--family shift", "invalid choice: 'shift'"),
+        ("--optimizer lion", "invalid choice: 'lion'"),
+        ("--name ../x", "--name must be a plain folder name"),
+        ("--frobnicate", "unrecognized arguments: --frobnicate"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3"),
+    ],
+)
+def test_wrong_options(options: str, text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(options.split())
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_tell_runs_apart() -> None:
+    config = TrainConfig(model="m", dataset="tfds:a/b")
+    assert config.run_name("adder") == "tfds_a_b-m-adder-s0"
+    names = {
+        dataclasses.replace(config, **change).run_name("adder")
+        for change in ({}, {"seed": 1}, {"model": "n"}, {"dataset": "c"}, {"name": "x"})
+    }
+    assert len(names) == 5
+    both = TrainConfig(name="x", family=("adder", "conv"))
+    assert both.run_name("adder") != both.run_name("conv")
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe"),
+    [
+        ({"model": "resnet20"}, Recipe("sgd", 0.1, 5e-4)),
+        ({"model": "adder_vit"}, Recipe("adamw", 1e-3, 0.05)),
+        ({"model": "resnet20", "optimizer": "adamw"}, Recipe("adamw", 1e-3, 0.05)),
+        ({"learning_rate": 0.3, "weight_decay": 0.0}, Recipe("sgd", 0.3, 0.0)),
+    ],
+)
+def test_recipe(changes: dict[str, Any], recipe: Recipe) -> None:
+    assert choose(TrainConfig(**changes)) == recipe
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.floats(0, 5), st.floats(1e-4, 1))
+def test_schedule(epochs: int, steps_per_epoch: int, warmup_epochs: float, peak: float) -> None:
+    total = epochs * steps_per_epoch
+    schedule = warmup_cosine(
+        peak, total_steps=total, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
+    )
+    rates = [float(schedule(step)) for step in range(total + 1)]
+    warmup = max(1, min(round(warmup_epochs * steps_per_epoch), total // 10))
+    tolerance = 1e-6 * peak
+    # Every step of the rise moves the weights, the last one with the peak rate.
+    for step in range(warmup):
+        assert abs(rates[step] - peak * (step + 1) / warmup) < tolerance
+    # Then half a period of a cosine, with 0 at the end of the run.
+    for step in range(warmup, total):
+        phase = (step - warmup) / (total - warmup)
+        assert abs(rates[step] - peak * (1 + math.cos(math.pi * phase)) / 2) < tolerance
+    if total > warmup:
+        assert abs(rates[total]) < tolerance

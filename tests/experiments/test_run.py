@@ -1,0 +1,219 @@
+"""experiments.run in this process: exact resumption, determinism, what a run leaves behind."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.config import TrainConfig
+from experiments.data import Dataset, load
+from experiments.errors import UserError
+from experiments.interrupt import Interrupted, StopRequest
+from experiments.run import Run, check_folders, epoch_order
+
+# 7 steps an epoch; the last 4 images of an epoch are left out, and the last test batch is short.
+CONFIG = TrainConfig(
+    model="lenet5", family=("adder",), image_size=8, epochs=3, batch_size=16, limit_train=116,
+    checkpoint_every=1e9,
+)  # fmt: skip
+TIMES = ("seconds", "images_per_second")
+
+
+class StopAfter(StopRequest):
+    """Asks to stop when it has been asked `count` times."""
+
+    def __init__(self, count: float = float("inf")):
+        self.left = count
+
+    @property
+    def signum(self) -> int | None:  # type: ignore[override]
+        self.left -= 1
+        return signal.SIGTERM if self.left <= 0 else None
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    small = load("digits", image_size=8, limit_train=CONFIG.limit_train)
+    return dataclasses.replace(
+        small, test_images=small.test_images[:42], test_labels=small.test_labels[:42]
+    )
+
+
+def start(out_dir: Path, dataset: Dataset, **changes: Any) -> Run:
+    config = dataclasses.replace(CONFIG, out_dir=str(out_dir), **changes)
+    return Run(config, config.family[0], dataset, "the command")
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> Run:
+    """A run that nobody interrupted."""
+    run = start(tmp_path_factory.mktemp("whole"), dataset)
+    run.train(StopAfter())
+    return run
+
+
+def test_interrupted_run_ends_with_the_same_bits(
+    whole: Run, dataset: Dataset, tmp_path: Path
+) -> None:
+    # Each epoch asks 7 times while it trains and 3 times while it evaluates. So these stop after
+    # the first step; within an epoch; while the first epoch is evaluated; after the last step of
+    # the second epoch; and within the third.
+    for count, step in ((1, 1), (3, 4), (4, 7), (10, 14), (5, 16)):
+        with pytest.raises(Interrupted, match=f"stopped after {step} of 21 steps") as caught:
+            start(tmp_path, dataset, resume=step > 1).train(StopAfter(count))
+        assert caught.value.signum == signal.SIGTERM
+    run = start(tmp_path, dataset, resume=True)
+    assert run.finished() is None
+    result = run.train(StopAfter())
+    expected = whole.finished()
+    assert expected is not None
+    assert result["parameters_sha256"] == expected["parameters_sha256"]
+    assert rows_of(run) == rows_of(whole)
+    assert [row["epoch"] for row in rows_of(run)] == [1, 2, 3]
+    # Nothing that the state keeps may differ either: statistics, momentum, counts.
+    for a, b in zip(jax.tree.leaves(run.state), jax.tree.leaves(whole.state), strict=True):
+        is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        a, b = (jax.random.key_data(x) if is_key else x for x in (a, b))
+        np.testing.assert_array_equal(a, b)
+
+
+def test_result_and_files(whole: Run) -> None:
+    result, rows = whole.finished(), rows_of(whole)
+    assert result is not None
+    names = {path.name for path in whole.folder.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "curves.png", "checkpoints", "result.json"}
+    assert result["test_accuracy"] == rows[-1]["test_accuracy"]
+    assert result["best_test_accuracy"] == max(row["test_accuracy"] for row in rows)
+    assert result["steps"] == rows[-1]["step"] == 21
+    assert result["command"] == "the command"
+    assert result["peak_rss_bytes"] > 2**20
+    assert result["versions"]["jax"]
+    # Every test image counts, also those of the short last batch.
+    assert result["test_accuracy"] * 42 == pytest.approx(round(result["test_accuracy"] * 42))
+    steps = sorted(int(path.name) for path in (whole.folder / "checkpoints").iterdir())
+    assert steps == [14, 21]
+
+
+def test_evaluation_agrees_with_the_model(whole: Run, dataset: Dataset) -> None:
+    from flax import nnx
+
+    model = nnx.merge(whole.graphdef, whole.state["params"], whole.state["model"])
+    model.eval()
+    mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
+    logits = model((dataset.test_images.astype(np.float32) / 255 - mean) / std)
+    accuracy = np.mean(np.argmax(np.asarray(logits), -1) == dataset.test_labels)
+    assert accuracy == pytest.approx(rows_of(whole)[-1]["test_accuracy"])
+
+
+def test_seed_decides(whole: Run, dataset: Dataset, tmp_path: Path) -> None:
+    expected = whole.finished()
+    assert expected is not None
+    again = start(tmp_path, dataset, name="again").train(StopAfter())
+    other = start(tmp_path, dataset, seed=1).train(StopAfter())
+    assert again["parameters_sha256"] == expected["parameters_sha256"]
+    assert other["parameters_sha256"] != expected["parameters_sha256"]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> Path:
+    """The folder of runs with one of them, "run", that was stopped after its first step."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(Interrupted):
+        start(folder, dataset, name="run").train(StopAfter(1))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"learning_rate": 0.2}, "its learning_rate is 0.1, not 0.2"),
+        ({"family": ("conv",)}, "its family is 'adder', not 'conv'"),
+        ({"model": "resnet20"}, "its model is 'lenet5', not 'resnet20'"),
+    ],
+)
+def test_another_configuration_is_refused(
+    changes: dict[str, Any], text: str, interrupted: Path, dataset: Dataset
+) -> None:
+    before = contents(interrupted)
+    with pytest.raises(UserError, match=text):
+        start(interrupted, dataset, name="run", resume=True, **changes)
+    assert contents(interrupted) == before
+
+
+def test_other_data_is_refused(interrupted: Path, dataset: Dataset) -> None:
+    images = dataset.test_images.copy()
+    images[0, 0, 0] ^= 1
+    other = dataclasses.replace(dataset, test_images=images)
+    with pytest.raises(UserError, match="run is of another run: its data is 'digits-116x8x8x1-"):
+        start(interrupted, other, name="run", resume=True)
+
+
+def test_checkpoint_of_another_run_is_refused(
+    interrupted: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    shutil.copytree(interrupted / "run" / "checkpoints", tmp_path / "b" / "checkpoints")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="checkpoints/1 is of another run: its seed is 0, not 1"):
+        start(tmp_path, dataset, name="b", seed=1, resume=True).train(StopAfter())
+    assert contents(tmp_path) == before
+
+
+def test_damaged_checkpoint(interrupted: Path, dataset: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(interrupted / "run", tmp_path / "run")
+    files = [p for p in (tmp_path / "run/checkpoints/1/state").rglob("*") if p.parent.name == "d"]
+    for path in files:
+        path.write_bytes(path.read_bytes()[:10])
+    assert files
+    with pytest.raises(UserError, match="checkpoints/1 cannot be read") as caught:
+        start(tmp_path, dataset, name="run", resume=True).train(StopAfter())
+    assert "\n" not in str(caught.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_earlier_runs_are_not_written_over(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, out_dir=str(tmp_path), name="run")
+    again = dataclasses.replace(config, resume=True)
+    check_folders(config)
+    with pytest.raises(UserError, match="nothing to resume"):
+        check_folders(again)
+    (tmp_path / "run").mkdir()
+    check_folders(config)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds a run already"):
+        check_folders(config)
+    with pytest.raises(UserError, match=r"lacks config\.json"):
+        check_folders(again)
+
+
+def test_batch_larger_than_the_data(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--batch-size 200 is more than the 116 training images"):
+        start(tmp_path, dataset, batch_size=200)
+
+
+def test_diverging_run_says_so(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"loss of .* is nan at step 7") as caught:
+        start(tmp_path, dataset, learning_rate=1e30, warmup_epochs=0.0).train(StopAfter())
+    assert caught.value.status == 1
+
+
+def test_epoch_order_is_a_permutation_of_its_own() -> None:
+    orders = [epoch_order(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(50))
+    assert len({order.tobytes() for order in orders}) == 4
+    np.testing.assert_array_equal(orders[3], epoch_order(1, 1, 50))
