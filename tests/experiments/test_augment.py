@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from experiments.augment import normalize, random_crop, random_flip
 
-SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3))
-few = settings(max_examples=25, deadline=None)
+# Few shapes, for each compiles anew.
+SHAPES = st.sampled_from([(3, 6, 5, 3), (1, 1, 4, 1), (4, 2, 1, 2)])
+few = settings(max_examples=20, deadline=None)
 
 
 def images_of(shape: tuple[int, ...], seed: int) -> jax.Array:
@@ -18,7 +19,7 @@ def images_of(shape: tuple[int, ...], seed: int) -> jax.Array:
 
 
 @few
-@given(SHAPES, st.integers(0, 4), st.integers(0, 2**31))
+@given(SHAPES, st.sampled_from([0, 1, 3]), st.integers(0, 2**31))
 def test_crop_is_a_window_of_the_padded_image(
     shape: tuple[int, ...], padding: int, seed: int
 ) -> None:

@@ -16,8 +16,8 @@ import pytest
 from experiments.train import main
 
 OPTIONS = shlex.split(
-    "--family adder --model lenet5 --image-size 8 --limit-train 320 --batch-size 16 "
-    "--epochs 20 --name run --checkpoint-every 0.2"
+    "--family adder --model lenet5 --image-size 8 --limit-train 320 --batch-size 32 "
+    "--epochs 16 --name run --checkpoint-every 0.5"
 )
 TIMES = ("seconds", "images_per_second")
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -71,7 +71,7 @@ def test_killed_run_goes_on_with_the_same_bits(
 ) -> None:
     folder = tmp_path / "runs/run"
     process = train(*OPTIONS)
-    wait_for_rows(process, folder / "metrics.jsonl", random.randint(1, 10))
+    wait_for_rows(process, folder / "metrics.jsonl", random.randint(1, 6))
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
     assert not (folder / "result.json").exists()

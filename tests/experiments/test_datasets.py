@@ -39,7 +39,7 @@ def test_digits_split_is_fixed() -> None:
 
 
 def test_normalized_training_images_have_mean_0_and_deviation_1() -> None:
-    dataset = load("digits")
+    dataset = load("digits", image_size=8)  # as they come; enlarging smooths them
     scaled = (dataset.train_images / 255 - dataset.mean) / dataset.std
     np.testing.assert_allclose([scaled.mean(), scaled.std()], [0, 1], atol=1e-6)
 
