@@ -6,13 +6,14 @@
 For each shape it prints GMAC/s (10⁹ terms |x - w| per second) of the forward product, of the
 input's gradient and of the kernel's, each the minimum time over interleaved repeats, and the ratio
 to the forward pass of ``jnp.dot`` or ``lax.conv_general_dilated`` on the same shape. "naive" is
-the broadcast form that a reader of the paper writes first.
+the broadcast form that a reader of the paper writes first; where it would take more than 1 GiB of
+temporaries, the table says how much instead.
 """
 
 import argparse
 import functools
 import json
-import platform
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from jadder import ops
 
 Product = Callable[[Array, Array], Array]
 PASSES = ("forward", "dx", "dw")
+MEMORY_LIMIT = 2**30
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,14 +46,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     shapes = [s for s in (*MATMULS, *RESNET20_CONVS) if args.only in s.name]
     if not shapes:
         parser.error(f"no shape has {args.only!r} in its name")
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.processor()}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {cores} processor cores")
     print(f"GMAC/s, minimum of {args.repeats} interleaved runs; in brackets: / multiply forward\n")
     print(f"{'shape':34} {'form':10}" + "".join(f"{name:>18}" for name in PASSES))
     rows = []
     for shape in shapes:
         for row in measure(shape, args.repeats, naive=not args.skip_naive):
             rows.append(row)
-            cells = "".join(f"{row[p]:10.1f} ({row[p] / row['multiply']:5.2f})" for p in PASSES)
+            cells = "".join(f"{_cell(row[p], row['multiply']):>18}" for p in PASSES)
             print(f"{row['shape']:34} {row['form']:10}{cells}", flush=True)
     if args.json:
         with open(args.json, "w") as file:
@@ -71,13 +74,19 @@ def measure(shape: Matmul | Conv, repeats: int, *, naive: bool) -> list[dict[str
     g = jax.random.normal(keys[2], y_shape)
 
     runs: dict[str, Callable[[], Any]] = {}
+    rate: dict[str, float | str] = {}
     for form, product in products.items():
-        forward, dx, dw = (jax.jit(f) for f in _passes(product))
-        runs[f"{form} forward"] = functools.partial(forward, x, w)
-        runs[f"{form} dx"] = functools.partial(dx, x, w, g)
-        runs[f"{form} dw"] = functools.partial(dw, x, w, g)
-    seconds = interleaved_minimum(runs, repeats)
-    rate = {name: shape.macs / value / 1e9 for name, value in seconds.items()}
+        for name, function in zip(PASSES, _passes(product), strict=True):
+            operands = (x, w) if name == "forward" else (x, w, g)
+            program = jax.jit(function).lower(*operands).compile()
+            analysis: Any = program.memory_analysis()
+            memory = analysis.temp_size_in_bytes
+            if memory > MEMORY_LIMIT:
+                rate[f"{form} {name}"] = f"{memory / 2**30:.1f} GiB"
+            else:
+                runs[f"{form} {name}"] = functools.partial(program, *operands)
+    for name, seconds in interleaved_minimum(runs, repeats).items():
+        rate[name] = shape.macs / seconds / 1e9
     return [
         {
             "shape": shape.name,
@@ -87,6 +96,10 @@ def measure(shape: Matmul | Conv, repeats: int, *, naive: bool) -> list[dict[str
         }
         for form in products
     ]
+
+
+def _cell(rate: float | str, multiply: float) -> str:
+    return rate if isinstance(rate, str) else f"{rate:.1f} ({rate / multiply:5.2f})"
 
 
 def _passes(product: Product) -> tuple[Callable[..., Array], ...]:

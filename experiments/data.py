@@ -87,11 +87,7 @@ def load(
     if image_size is None and name == "digits":
         image_size = 28
     if image_size is not None:
-        dataset = dataclasses.replace(
-            dataset,
-            train_images=_resize(dataset.train_images, image_size),
-            test_images=_resize(dataset.test_images, image_size),
-        )
+        dataset = _resized(dataset, image_size)
     if limit_train is not None:
         if limit_train > len(dataset.train_images):
             raise UserError(
@@ -367,6 +363,14 @@ def _moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
         means.append(mean)
         stds.append(max(math.sqrt(float(weights @ (values - mean) ** 2)), 1 / 255))
     return tuple(means), tuple(stds)
+
+
+def _resized(dataset: Dataset, size: int) -> Dataset:
+    if dataset.train_images.shape[1:3] == dataset.test_images.shape[1:3] == (size, size):
+        return dataset
+    train, test = _resize(dataset.train_images, size), _resize(dataset.test_images, size)
+    mean, std = _moments(train)
+    return dataclasses.replace(dataset, train_images=train, test_images=test, mean=mean, std=std)
 
 
 def _resize(images: Images, size: int) -> Images:
