@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.files import write_bytes
 from experiments.metrics import Row
@@ -33,6 +34,7 @@ def draw(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> None:
                     epochs, points, style, color=f"C{i}", marker=marker, label=f"{name}, {split}"
                 )
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("loss" if quantity == "loss" else "accuracy (%)")
         axes.grid(alpha=0.3)
         axes.legend()
