@@ -1,13 +1,15 @@
 """Speed of the products, beside the multiplying ones, in one process.
 
-    python -m benchmarks.ops                    # every shape and implementation, 2 to 5 minutes
+    python -m benchmarks.ops                    # every shape and implementation, 3 to 6 minutes
     python -m benchmarks.ops --only 4096        # shapes whose name has "4096" in it
+    python -m benchmarks.ops --forms cpu xla    # these implementations
 
 For each shape it prints GMAC/s (10⁹ terms |x - w| per second) of the forward product, of the
-input's gradient and of the kernel's, each the minimum time over interleaved repeats, and the ratio
-to the forward pass of ``jnp.dot`` or ``lax.conv_general_dilated`` on the same shape. "naive" is
-the broadcast form that a reader of the paper writes first; where it would take more than 1 GiB of
-temporaries, the table says how much instead.
+input's gradient and of the kernel's, each the minimum time over interleaved repeats, and two
+ratios: to the forward pass of ``jnp.dot`` or ``lax.conv_general_dilated`` on the same shape, and to
+the same pass of it. "naive" is the broadcast form that a reader of the paper writes first; where it
+would take more than 1 GiB of temporaries, the table says how much instead. "uint8" is the forward
+product of bytes, summed in int32.
 """
 
 import argparse
@@ -21,12 +23,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from benchmarks.shapes import MATMULS, RESNET20_CONVS, Conv, Matmul
+from benchmarks.shapes import (
+    MATMULS,
+    RESNET18_CONVS,
+    RESNET20_CONVS,
+    SINGLE_IMAGE_CONVS,
+    Conv,
+    Matmul,
+)
 from benchmarks.timing import interleaved_minimum
-from jadder import ops
+from jadder import implementations, ops
 
-Product = Callable[[Array, Array], Array]
+Product = Callable[..., Array]
 PASSES = ("forward", "dx", "dw")
+FORMS = {"naive": "reference", "xla": "xla", "cpu": "cpu", "cpu_fast": "cpu_fast", "uint8": "cpu"}
 MEMORY_LIMIT = 2**30
 
 
@@ -39,23 +49,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--repeats", type=int, default=12, help="rounds to take the minimum of")
-    parser.add_argument("--skip-naive", action="store_true", help="leave out the slowest form")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args(argv)
 
-    shapes = [s for s in (*MATMULS, *RESNET20_CONVS) if args.only in s.name]
+    every = (*MATMULS, *RESNET20_CONVS, *RESNET18_CONVS, *SINGLE_IMAGE_CONVS)
+    shapes = [s for s in every if args.only in s.name]
     if not shapes:
         parser.error(f"no shape has {args.only!r} in its name")
+    found = implementations()
+    forms = [form for form in args.forms if found[FORMS[form]].available]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {cores} processor cores")
-    print(f"GMAC/s, minimum of {args.repeats} interleaved runs; in brackets: / multiply forward\n")
-    print(f"{'shape':34} {'form':10}" + "".join(f"{name:>18}" for name in PASSES))
+    for name, availability in found.items():
+        print(f"{name}: {availability.about}")
+    print(f"GMAC/s, minimum of {args.repeats} interleaved runs;")
+    print("in brackets: / multiply's forward, / multiply's same pass\n")
+    print(f"{'shape':32} {'form':9}" + "".join(f"{name:>21}" for name in PASSES))
     rows = []
     for shape in shapes:
-        for row in measure(shape, args.repeats, naive=not args.skip_naive):
+        slow = shape in (*RESNET18_CONVS, *SINGLE_IMAGE_CONVS)
+        chosen = [form for form in forms if not (slow and form == "naive")]
+        table = measure(shape, args.repeats, chosen)
+        for row in table:
             rows.append(row)
-            cells = "".join(f"{_cell(row[p], row['multiply']):>18}" for p in PASSES)
-            print(f"{row['shape']:34} {row['form']:10}{cells}", flush=True)
+            cells = "".join(f"{_cell(row[p], table[0], p):>21}" for p in PASSES)
+            print(f"{row['shape']:32} {row['form']:9}{cells}", flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(
@@ -63,21 +82,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
 
 
-def measure(shape: Matmul | Conv, repeats: int, *, naive: bool) -> list[dict[str, Any]]:
-    """GMAC/s of every form on one shape: a row for each, with the multiplying forward's."""
-    products, x_shape, w_shape = _products(shape)
-    if not naive:
-        del products["naive"]
+def measure(shape: Matmul | Conv, repeats: int, forms: Sequence[str]) -> list[dict[str, Any]]:
+    """GMAC/s of the multiplying product, and then of each form, on one shape."""
+    multiply, adder, x_shape, w_shape = _products(shape)
+    products = {"multiply": multiply}
+    for form in forms:
+        products[form] = functools.partial(adder, implementation=FORMS[form])
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = jax.random.normal(keys[0], x_shape), jax.random.normal(keys[1], w_shape)
-    y_shape = jax.eval_shape(products["multiply"], x, w).shape
-    g = jax.random.normal(keys[2], y_shape)
+    g = jax.random.normal(keys[2], jax.eval_shape(multiply, x, w).shape)
 
     runs: dict[str, Callable[[], Any]] = {}
     rate: dict[str, float | str] = {}
     for form, product in products.items():
+        if form == "uint8":
+            product = functools.partial(product, preferred_element_type=jnp.int32)
+            operands = [jax.random.bits(keys[i], a.shape, jnp.uint8) for i, a in enumerate((x, w))]
+            runs["uint8 forward"] = functools.partial(jax.jit(product), *operands)
+            continue
         for name, function in zip(PASSES, _passes(product), strict=True):
-            operands = (x, w) if name == "forward" else (x, w, g)
+            operands = [x, w] if name == "forward" else [x, w, g]
             program = jax.jit(function).lower(*operands).compile()
             analysis: Any = program.memory_analysis()
             memory = analysis.temp_size_in_bytes
@@ -88,18 +112,15 @@ def measure(shape: Matmul | Conv, repeats: int, *, naive: bool) -> list[dict[str
     for name, seconds in interleaved_minimum(runs, repeats).items():
         rate[name] = shape.macs / seconds / 1e9
     return [
-        {
-            "shape": shape.name,
-            "form": form,
-            **{name: rate[f"{form} {name}"] for name in PASSES},
-            "multiply": rate["multiply forward"],
-        }
+        {"shape": shape.name, "form": form, **{p: rate.get(f"{form} {p}", "") for p in PASSES}}
         for form in products
     ]
 
 
-def _cell(rate: float | str, multiply: float) -> str:
-    return rate if isinstance(rate, str) else f"{rate:.1f} ({rate / multiply:5.2f})"
+def _cell(rate: float | str, multiply: dict[str, Any], name: str) -> str:
+    if isinstance(rate, str):
+        return rate
+    return f"{rate:.1f} ({rate / multiply['forward']:.2f}, {rate / multiply[name]:.2f})"
 
 
 def _passes(product: Product) -> tuple[Callable[..., Array], ...]:
@@ -112,33 +133,22 @@ def _passes(product: Product) -> tuple[Callable[..., Array], ...]:
     return product, dx, dw
 
 
-def _products(
-    shape: Matmul | Conv,
-) -> tuple[dict[str, Product], tuple[int, ...], tuple[int, ...]]:
-    adders: dict[str, ops.Implementation] = {"naive": "reference", "xla": "xla"}
+def _products(shape: Matmul | Conv) -> tuple[Product, Product, tuple[int, ...], tuple[int, ...]]:
+    """The multiplying product, the adder product, and the shapes of x and w."""
     if isinstance(shape, Matmul):
-        products: dict[str, Product] = {"multiply": jnp.dot}
-        for form, name in adders.items():
-            products[form] = functools.partial(ops.adder_matmul, implementation=name)
-        return products, (shape.m, shape.k), (shape.k, shape.n)
+        return jnp.dot, ops.adder_matmul, (shape.m, shape.k), (shape.k, shape.n)
 
-    strides = (shape.stride, shape.stride)
-    layout = ("NHWC", "HWIO", "NHWC")
-    arguments = (strides, "SAME", None, None, layout, shape.groups)
-
-    def multiply(x: Array, w: Array) -> Array:
-        return lax.conv_general_dilated(x, w, *arguments)
-
-    products = {"multiply": multiply}
-    for form, name in adders.items():
-
-        def adder(x: Array, w: Array, name: Any = name) -> Array:
-            return ops.adder_conv_general_dilated(x, w, *arguments, implementation=name)
-
-        products[form] = adder
+    arguments: dict[str, Any] = {
+        "window_strides": (shape.stride, shape.stride),
+        "padding": "SAME",
+        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+        "feature_group_count": shape.groups,
+    }
+    multiply = functools.partial(lax.conv_general_dilated, **arguments)
+    adder = functools.partial(ops.adder_conv_general_dilated, **arguments)
     x_shape = (shape.batch, shape.size, shape.size, shape.channels)
     w_shape = (shape.window, shape.window, shape.channels // shape.groups, shape.features)
-    return products, x_shape, w_shape
+    return multiply, adder, x_shape, w_shape
 
 
 if __name__ == "__main__":

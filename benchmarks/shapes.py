@@ -64,9 +64,31 @@ RESNET20_CONVS = (
     Conv(128, 32, 16, 16),
     Conv(128, 16, 32, 32),
     Conv(128, 8, 64, 64),
+    Conv(128, 32, 16, 32, stride=2),
     Conv(128, 16, 32, 64, stride=2),
 )
-"""A CIFAR ResNet-20's three stages and one of its strided layers, at batch 128."""
+"""A CIFAR ResNet-20's three stages and its strided layers, at batch 128."""
+
+RESNET18_CONVS = (
+    Conv(8, 224, 3, 64, window=7, stride=2),
+    Conv(8, 56, 64, 64),
+    Conv(8, 56, 64, 128, stride=2),
+    Conv(8, 28, 128, 128),
+    Conv(8, 14, 256, 256),
+    Conv(8, 7, 512, 512),
+)
+"""An ImageNet ResNet-18's stem, stages and one strided layer, at batch 8."""
+
+SINGLE_IMAGE_CONVS = (
+    Conv(1, 32, 16, 16),
+    Conv(1, 16, 32, 32),
+    Conv(1, 8, 64, 64),
+    Conv(1, 56, 64, 64),
+    Conv(1, 28, 128, 128),
+    Conv(1, 14, 256, 256),
+    Conv(1, 7, 512, 512),
+)
+"""The stages of both networks for one image."""
 
 SMALL_MATMULS = (
     Matmul(1, 1, 1),
@@ -74,6 +96,7 @@ SMALL_MATMULS = (
     Matmul(33, 16, 17),
     Matmul(4, 40, 2),
     Matmul(20, 35, 40),
+    Matmul(77, 520, 33),
 )
 SMALL_CONVS = (
     Conv(2, 5, 3, 4),
@@ -83,8 +106,10 @@ SMALL_CONVS = (
     Conv(2, 6, 6, 6, groups=6),
     Conv(1, 6, 4, 8, window=4, stride=3, groups=2),
     Conv(3, 4, 1, 1, window=5),
+    Conv(2, 9, 20, 40),
+    Conv(2, 5, 34, 34, stride=2, groups=2),
 )
-"""Odd sizes, single elements, remainders of every chunk: what tests run on."""
+"""Odd sizes, single elements, remainders of every chunk and tile: what tests run on."""
 
 
 def total_bytes(*shapes: tuple[int, ...], itemsize: int = 4) -> int:

@@ -12,8 +12,8 @@ import jadder.models
 from experiments.config import TrainConfig
 from experiments.data import Dataset
 from experiments.errors import UserError
+from jadder.implementations import Implementation
 from jadder.models import get_family
-from jadder.ops import Implementation
 
 RULES = {"addernet": jadder.ADDERNET, "adder_vit": jadder.ADDER_VIT, "sign": jadder.SIGN}
 

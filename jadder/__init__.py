@@ -6,6 +6,7 @@ those that most programs need.
 """
 
 from jadder import models, nn, ops, optim, rules
+from jadder.implementations import implementations
 from jadder.nn import (
     AdderAttention,
     AdderConv,
@@ -62,6 +63,7 @@ __all__ = [
     "euclid_conv_general_dilated",
     "euclid_dot_general",
     "euclid_matmul",
+    "implementations",
     "models",
     "nn",
     "ops",

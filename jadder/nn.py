@@ -20,6 +20,7 @@ from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike, PromoteD
 from jax import Array, lax
 
 from jadder import ops
+from jadder.implementations import Implementation
 from jadder.rules import ADDER_VIT, ADDERNET, GradientRule
 
 Where = Callable[[tuple[Any, ...], nnx.Module], bool]
@@ -45,7 +46,7 @@ class AdderDotGeneral:
     """
 
     rule: GradientRule = ADDERNET
-    implementation: ops.Implementation | None = None
+    implementation: Implementation | None = None
 
     def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
         kwargs |= {"rule": self.rule, "implementation": self.implementation}
@@ -63,7 +64,7 @@ class AdderConvGeneralDilated:
     """
 
     rule: GradientRule = ADDERNET
-    implementation: ops.Implementation | None = None
+    implementation: Implementation | None = None
 
     def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
         kwargs |= {"rule": self.rule, "implementation": self.implementation}
@@ -80,7 +81,7 @@ class AdderEinsum:
     """
 
     rule: GradientRule = ADDERNET
-    implementation: ops.Implementation | None = None
+    implementation: Implementation | None = None
 
     def __call__(self, subscripts: str, x: Array, kernel: Array, **kwargs: Any) -> Array:
         kwargs |= {"rule": self.rule, "implementation": self.implementation}
@@ -115,7 +116,7 @@ class AdderLinear(nnx.Linear):
         use_bias: bool = False,
         kernel_init: Initializer = default_kernel_init,
         rule: GradientRule = ADDERNET,
-        implementation: ops.Implementation | None = None,
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ) -> None:
@@ -163,7 +164,7 @@ class AdderConv(nnx.Conv):
         use_bias: bool = False,
         kernel_init: Initializer = default_kernel_init,
         rule: GradientRule = ADDERNET,
-        implementation: ops.Implementation | None = None,
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ) -> None:
@@ -238,7 +239,7 @@ class AdderConvTranspose(_ConvTranspose):
         use_bias: bool = False,
         kernel_init: Initializer = default_kernel_init,
         rule: GradientRule = ADDERNET,
-        implementation: ops.Implementation | None = None,
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ) -> None:
@@ -407,7 +408,7 @@ class ScaledAdderLinear(nnx.Module):
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         preferred_element_type: Dtype | None = None,
         rule: GradientRule = ADDER_VIT,
-        implementation: ops.Implementation | None = None,
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.kernel = AdderKernel(
@@ -497,7 +498,7 @@ class AdderAttention(nnx.Module):
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rule: GradientRule = ADDER_VIT,
-        implementation: ops.Implementation | None = None,
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         qkv_features = in_features if qkv_features is None else qkv_features
@@ -607,7 +608,7 @@ def adderize(
     where: Where | None = None,
     *,
     rule: GradientRule = ADDERNET,
-    implementation: ops.Implementation | None = None,
+    implementation: Implementation | None = None,
     kernel_init: Initializer | None = None,
     rngs: nnx.Rngs | None = None,
 ) -> Any:

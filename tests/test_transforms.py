@@ -11,21 +11,47 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+import jadder
 from jadder import SIGN, GradientRule, adder_conv, adder_matmul, euclid_conv, euclid_matmul
 from tests.strategies import normal, rules, seeds
 
+IMPLEMENTATIONS = tuple(
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            not jadder.implementations()[name].available,
+            reason=f"{name}: {jadder.implementations()[name].about}",
+        ),
+    )
+    for name in ("xla", "cpu")
+)
+X64 = {"xla": True, "cpu": False}
 PRODUCTS = {
-    "adder_matmul": (adder_matmul, (4, 6), (6, 5)),
-    "adder_conv": (functools.partial(adder_conv, strides=2), (4, 5, 5, 2), (3, 3, 2, 3)),
-    "euclid_matmul": (euclid_matmul, (4, 6), (6, 5)),
-    "euclid_conv": (functools.partial(euclid_conv, strides=2), (4, 5, 5, 2), (3, 3, 2, 3)),
+    "matmul": (adder_matmul, (4, 6), (6, 5)),
+    "conv": (functools.partial(adder_conv, strides=2), (4, 5, 5, 2), (3, 3, 2, 3)),
 }
+EUCLID_PRODUCTS = {
+    "matmul": (euclid_matmul, (4, 6), (6, 5)),
+    "conv": (functools.partial(euclid_conv, strides=2), (4, 5, 5, 2), (3, 3, 2, 3)),
+}
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.fixture(params=[*IMPLEMENTATIONS, "euclid"])
+def implementation(request):
+    """An implementation of the adder product, in the widest type that it has, or Euclid's."""
+    with jax.enable_x64(X64.get(request.param, True)):
+        yield request.param
 
 
 @pytest.fixture(params=PRODUCTS)
-def problem(request):
+def problem(implementation, request):
     """A scalar function of (x, w), and its operands."""
-    product, x_shape, w_shape = PRODUCTS[request.param]
+    if implementation == "euclid":
+        product, x_shape, w_shape = EUCLID_PRODUCTS[request.param]
+    else:
+        product, x_shape, w_shape = PRODUCTS[request.param]
+        product = functools.partial(product, implementation=implementation)
     x, w = normal(5, x_shape, w_shape)
 
     def loss(x, w):
@@ -34,16 +60,15 @@ def problem(request):
     return loss, x, w
 
 
-@pytest.fixture(autouse=True)
-def _in_float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def agree(actual, expected):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), actual, expected
-    )
+    """To rounding, of the largest value, in the type at hand."""
+
+    def compare(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        tolerance = 1e-11 if jax.config.jax_enable_x64 else 3e-5
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max(initial=1))
+
+    jax.tree.map(compare, actual, expected)
 
 
 def test_jit_and_remat_change_nothing(problem):
@@ -89,15 +114,19 @@ def test_scan_is_a_loop(problem):
     agree(jax.jit(lambda w, xs: lax.scan(step, w, xs))(w, xs), (expected, np.stack(values)))
 
 
-def test_jacrev_is_the_gradient_of_each_output():
+@each_implementation
+def test_jacrev_is_the_gradient_of_each_output(implementation):
     x, w = normal(0, (2, 4), (4, 3))
-    jacobian = jax.jacrev(adder_matmul)(x, w)
-    for i, j in np.ndindex(2, 3):
-        agree(jacobian[i, j], jax.grad(lambda x, i=i, j=j: adder_matmul(x, w)[i, j])(x))
+    product = functools.partial(adder_matmul, implementation=implementation)
+    with jax.enable_x64(X64[implementation]):
+        jacobian = jax.jacrev(product)(x, w)
+        for i, j in np.ndindex(2, 3):
+            agree(jacobian[i, j], jax.grad(lambda x, i=i, j=j: product(x, w)[i, j])(x))
 
 
 @given(rule=rules, seed=seeds, shards=st.sampled_from(["batch", "features"]))
-def test_shard_map_gives_the_gradients_of_one_device(rule, seed, shards):
+@each_implementation
+def test_shard_map_gives_the_gradients_of_one_device(implementation, rule, seed, shards):
     """A kernel that is replicated over the batch's devices gets the sum of their gradients."""
     x, w = normal(seed, (8, 6), (6, 8))
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -108,7 +137,8 @@ def test_shard_map_gives_the_gradients_of_one_device(rule, seed, shards):
     )
 
     def loss(x, w):
-        return jnp.sum(jnp.sin(adder_matmul(x, w, rule=rule)))
+        y = adder_matmul(x, w, rule=rule, implementation=implementation)
+        return jnp.sum(jnp.sin(y))
 
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(over_x, over_w), out_specs=PartitionSpec()
@@ -116,19 +146,22 @@ def test_shard_map_gives_the_gradients_of_one_device(rule, seed, shards):
     def sharded_loss(x, w):
         return lax.psum(loss(x, w), "i")
 
-    agree(
-        jax.jit(jax.value_and_grad(sharded_loss, (0, 1)))(x, w),
-        jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w),
-    )
+    with jax.enable_x64(X64[implementation]):
+        agree(
+            jax.jit(jax.value_and_grad(sharded_loss, (0, 1)))(x, w),
+            jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w),
+        )
 
 
 @pytest.mark.parametrize("rule", [GradientRule(), SIGN, GradientRule((4, 1), (1, 2))])
-def test_shard_map_of_a_convolution(rule):
+@each_implementation
+def test_shard_map_of_a_convolution(implementation, rule):
     x, w = normal(0, (4, 6, 6, 2), (3, 3, 2, 4))
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def loss(x, w):
-        return jnp.sum(jnp.sin(adder_conv(x, w, 2, rule=rule)))
+        y = adder_conv(x, w, 2, rule=rule, implementation=implementation)
+        return jnp.sum(jnp.sin(y))
 
     @functools.partial(
         jax.shard_map,
@@ -139,10 +172,11 @@ def test_shard_map_of_a_convolution(rule):
     def sharded_loss(x, w):
         return lax.psum(loss(x, w), "i")
 
-    agree(
-        jax.jit(jax.value_and_grad(sharded_loss, (0, 1)))(x, w),
-        jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w),
-    )
+    with jax.enable_x64(X64[implementation]):
+        agree(
+            jax.jit(jax.value_and_grad(sharded_loss, (0, 1)))(x, w),
+            jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w),
+        )
 
 
 @pytest.mark.parametrize(
@@ -153,22 +187,29 @@ def test_shard_map_of_a_convolution(rule):
         (PartitionSpec(None, "i"), PartitionSpec("i")),
     ],
 )
-def test_sharded_jit_gives_the_numbers_of_one_device(over_x, over_w):
+@each_implementation
+def test_sharded_jit_gives_the_numbers_of_one_device(implementation, over_x, over_w):
     x, w = normal(1, (8, 8), (8, 8))
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    gradient = jax.jit(jax.value_and_grad(lambda x, w: adder_matmul(x, w).sum(), (0, 1)))
-    expected = gradient(x, w)
-    placed = (
-        jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((x, over_x), (w, over_w))
-    )
-    agree(gradient(*placed), expected)
+    product = functools.partial(adder_matmul, implementation=implementation)
+    gradient = jax.jit(jax.value_and_grad(lambda x, w: product(x, w).sum(), (0, 1)))
+    with jax.enable_x64(X64[implementation]):
+        expected = gradient(x, w)
+        placed = (
+            jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((x, over_x), (w, over_w))
+        )
+        agree(gradient(*placed), expected)
 
 
-def test_out_sharding_is_the_result_s():
+def test_out_sharding_is_the_result_s(implementation):
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
     x, w = normal(1, (8, 8), (8, 8))
     with jax.set_mesh(mesh):
-        for product in (adder_matmul, euclid_matmul):
+        for product in (
+            [euclid_matmul]
+            if implementation == "euclid"
+            else [functools.partial(adder_matmul, implementation=implementation)]
+        ):
             y = jax.jit(functools.partial(product, out_sharding=PartitionSpec("i")))(x, w)
             assert y.sharding.spec == PartitionSpec("i", None)
             agree(np.asarray(y), np.asarray(product(x, w)))

@@ -1,13 +1,14 @@
-"""What every file of kernels offers: six functions over one layout.
+"""What every implementation of the products offers: six functions over one layout.
 
 Shapes: for the matmul x (B, M, K), w (B, K, N) and g (B, M, N); for the convolution
 x (B, *spatial, C), w (*window, C / groups, F) and g (B, *out, F). No dimension is empty. Operands
 may be narrower than ``out_dtype``, which is the type to compute, accumulate and return in.
+``precision`` is that of the matrix products inside a gradient, where there are any.
 """
 
 from typing import Protocol
 
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jadder.kernels.spec import ConvSpec
@@ -15,24 +16,54 @@ from jadder.rules import Clip
 
 
 class Kernels(Protocol):
-    """A module of adder products and the gradients of their potentials."""
+    """The adder products and the gradients of their potentials."""
 
     def matmul(self, x: Array, w: Array, *, out_dtype: DTypeLike) -> Array: ...
 
     def matmul_dx(
-        self, x: Array, w: Array, g: Array, clip: Clip, *, out_dtype: DTypeLike
+        self,
+        x: Array,
+        w: Array,
+        g: Array,
+        clip: Clip,
+        *,
+        out_dtype: DTypeLike,
+        precision: lax.PrecisionLike = None,
     ) -> Array: ...
 
     def matmul_dw(
-        self, x: Array, w: Array, g: Array, clip: Clip, *, out_dtype: DTypeLike
+        self,
+        x: Array,
+        w: Array,
+        g: Array,
+        clip: Clip,
+        *,
+        out_dtype: DTypeLike,
+        precision: lax.PrecisionLike = None,
     ) -> Array: ...
 
     def conv(self, x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array: ...
 
     def conv_dx(
-        self, x: Array, w: Array, g: Array, spec: ConvSpec, clip: Clip, *, out_dtype: DTypeLike
+        self,
+        x: Array,
+        w: Array,
+        g: Array,
+        spec: ConvSpec,
+        clip: Clip,
+        *,
+        out_dtype: DTypeLike,
+        precision: lax.PrecisionLike = None,
     ) -> Array: ...
 
     def conv_dw(
-        self, x: Array, w: Array, g: Array, spec: ConvSpec, clip: Clip, *, out_dtype: DTypeLike
+        self,
+        x: Array,
+        w: Array,
+        g: Array,
+        spec: ConvSpec,
+        clip: Clip,
+        *,
+        out_dtype: DTypeLike,
+        precision: lax.PrecisionLike = None,
     ) -> Array: ...

@@ -24,13 +24,29 @@ def matmul(x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
     return -jnp.sum(jnp.abs(x[..., None] - w[:, None]), axis=2)
 
 
-def matmul_dx(x: Array, w: Array, g: Array, clip: Clip, *, out_dtype: DTypeLike) -> Array:
+def matmul_dx(
+    x: Array,
+    w: Array,
+    g: Array,
+    clip: Clip,
+    *,
+    out_dtype: DTypeLike,
+    precision: lax.PrecisionLike = None,
+) -> Array:
     """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
     x, w, g = x.astype(out_dtype), w.astype(out_dtype), g.astype(out_dtype)
     return jnp.sum(clip(w[:, None] - x[..., None]) * g[:, :, None], axis=3)
 
 
-def matmul_dw(x: Array, w: Array, g: Array, clip: Clip, *, out_dtype: DTypeLike) -> Array:
+def matmul_dw(
+    x: Array,
+    w: Array,
+    g: Array,
+    clip: Clip,
+    *,
+    out_dtype: DTypeLike,
+    precision: lax.PrecisionLike = None,
+) -> Array:
     """dw[b, k, n] = Σ_m ψ(x[b, m, k] - w[b, k, n]) g[b, m, n]."""
     x, w, g = x.astype(out_dtype), w.astype(out_dtype), g.astype(out_dtype)
     return jnp.sum(clip(x[..., None] - w[:, None]) * g[:, :, None], axis=1)
@@ -44,7 +60,14 @@ def conv(x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
 
 
 def conv_dx(
-    x: Array, w: Array, g: Array, spec: ConvSpec, clip: Clip, *, out_dtype: DTypeLike
+    x: Array,
+    w: Array,
+    g: Array,
+    spec: ConvSpec,
+    clip: Clip,
+    *,
+    out_dtype: DTypeLike,
+    precision: lax.PrecisionLike = None,
 ) -> Array:
     """The patches' gradient, each value added up where the patches took it from."""
     patches, transpose = jax.vjp(lambda x: _patches(x, w.shape, spec), x.astype(out_dtype))
@@ -55,7 +78,14 @@ def conv_dx(
 
 
 def conv_dw(
-    x: Array, w: Array, g: Array, spec: ConvSpec, clip: Clip, *, out_dtype: DTypeLike
+    x: Array,
+    w: Array,
+    g: Array,
+    spec: ConvSpec,
+    clip: Clip,
+    *,
+    out_dtype: DTypeLike,
+    precision: lax.PrecisionLike = None,
 ) -> Array:
     """dw[tap, c, f] = Σ_{b, o} ψ(patch(x)[b, o, tap, c] - w[tap, c, f]) g[b, o, f]."""
     patches, filters = _patches(x, w.shape, spec), _filters(w, spec)

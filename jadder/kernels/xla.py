@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jadder.kernels import linear
 from jadder.kernels.spec import (
     ConvSpec,
     Phase,
@@ -49,8 +50,18 @@ def matmul(x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
     return _sum_terms(y, steps, load, lambda row, lane: -jnp.abs(row - lane))
 
 
-def matmul_dx(x: Array, w: Array, g: Array, clip: Clip, *, out_dtype: DTypeLike) -> Array:
+def matmul_dx(
+    x: Array,
+    w: Array,
+    g: Array,
+    clip: Clip,
+    *,
+    out_dtype: DTypeLike,
+    precision: lax.PrecisionLike = None,
+) -> Array:
     """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
+    if clip.is_linear:
+        return linear.matmul_dx(x, w, g, clip, out_dtype=out_dtype, precision=precision)
     steps, chunk = _chunks(w.shape[2])
     g = _pad_to(g, 2, steps * chunk)
     w = jnp.moveaxis(_pad_to(w, 2, steps * chunk), 2, 0)[:, :, None]
@@ -65,8 +76,18 @@ def matmul_dx(x: Array, w: Array, g: Array, clip: Clip, *, out_dtype: DTypeLike)
     return _sum_terms(dx, steps, load, lambda row, lane: clip(lane - x) * row)
 
 
-def matmul_dw(x: Array, w: Array, g: Array, clip: Clip, *, out_dtype: DTypeLike) -> Array:
+def matmul_dw(
+    x: Array,
+    w: Array,
+    g: Array,
+    clip: Clip,
+    *,
+    out_dtype: DTypeLike,
+    precision: lax.PrecisionLike = None,
+) -> Array:
     """dw[b, k, n] = Σ_m ψ(x[b, m, k] - w[b, k, n]) g[b, m, n]."""
+    if clip.is_linear:
+        return linear.matmul_dw(x, w, g, clip, out_dtype=out_dtype, precision=precision)
     steps, chunk = _chunks(x.shape[1])
     x, g = _pad_to(x, 1, steps * chunk), _pad_to(g, 1, steps * chunk)
     w = w.astype(out_dtype)
@@ -98,9 +119,18 @@ def conv(x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
 
 
 def conv_dx(
-    x: Array, w: Array, g: Array, spec: ConvSpec, clip: Clip, *, out_dtype: DTypeLike
+    x: Array,
+    w: Array,
+    g: Array,
+    spec: ConvSpec,
+    clip: Clip,
+    *,
+    out_dtype: DTypeLike,
+    precision: lax.PrecisionLike = None,
 ) -> Array:
     """dx[b, p, c] = Σ_{tap, f} ψ(w[tap, c, f] - x[b, p, c]) g[b, output(p, tap), f]."""
+    if clip.is_linear:
+        return linear.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
     window, groups = w.shape[:-2], spec.feature_group_count
     x, g = _split_groups(x, groups), _split_groups(g, groups)
     w = jnp.swapaxes(_by_tap(w, groups), 1, 3)
@@ -117,12 +147,21 @@ def conv_dx(
 
 
 def conv_dw(
-    x: Array, w: Array, g: Array, spec: ConvSpec, clip: Clip, *, out_dtype: DTypeLike
+    x: Array,
+    w: Array,
+    g: Array,
+    spec: ConvSpec,
+    clip: Clip,
+    *,
+    out_dtype: DTypeLike,
+    precision: lax.PrecisionLike = None,
 ) -> Array:
     """dw[tap, c, f] = Σ_{b, o} ψ(x[b, position(o, tap), c] - w[tap, c, f]) g[b, o, f].
 
     Patches are cut out for a few rows of outputs at a time and multiplied as matrices are.
     """
+    if clip.is_linear:
+        return linear.conv_dw(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
     window, groups = w.shape[:-2], spec.feature_group_count
     batch, first, *rest = g.shape[:-1]
     block = max(1, min(first, BLOCK_ROWS // max(1, math.prod(rest))))

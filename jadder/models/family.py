@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
+from jadder.implementations import Implementation
 from jadder.nn import AdderConv, AdderLinear, EuclidConv, EuclidLinear, ScaledAdderLinear
-from jadder.ops import Implementation
 from jadder.rules import GradientRule
 
 KAIMING_NORMAL: Initializer = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")

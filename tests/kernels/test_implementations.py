@@ -9,15 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jadder
 from benchmarks.shapes import SMALL_CONVS, SMALL_MATMULS
 from jadder import ADDERNET, SIGN, GradientRule, adder_conv, adder_dot_general, adder_matmul
 from tests import literal
 from tests.strategies import clips, conv_cases, normal, rules, seeds
 
 BATCHED = (((2,), (1,)), ((0,), (0,)))
-IMPLEMENTATIONS = ("xla", "reference")
+WIDEST = {"xla": "float64", "reference": "float64", "cpu": "float32", "cpu_fast": "float32"}
+"""The widest type that each implementation computes in."""
 TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 """Of the largest value: rounding of sums in float32 at least, then of the result itself."""
+SLOPES = {"float64": 1e-5, "float32": 3e-5}
+"""Of gradients beside finite differences."""
+IMPLEMENTATIONS = tuple(
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(not found.available, reason=f"{name}: {found.about}"),
+    )
+    for name, found in jadder.implementations().items()
+)
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -26,8 +38,20 @@ def implementation(request):
     return request.param
 
 
+def in_widest(implementation, function, *operands):
+    """``function`` of the operands in the widest type of the implementation, and the operands.
+
+    They are rounded to that type and returned in float64, for a NumPy oracle.
+    """
+    dtype = WIDEST[implementation]
+    operands = [a.astype(dtype) for a in operands]
+    with jax.enable_x64(dtype == "float64"):
+        results = value_and_pullback(function, *operands)
+    return [a.astype(np.float64) for a in (*results, *operands)]
+
+
 def value_and_pullback(product, x, w, g):
-    """The product's value and both gradients, as float64 NumPy arrays."""
+    """The product's value and both gradients, as NumPy arrays."""
 
     @jax.jit
     def run(x, w, g):
@@ -45,21 +69,18 @@ def assert_close(actual, expected, relative):
 
 class TestImplementation:
     @given(sizes=st.tuples(*[st.integers(1, 3)] + [st.integers(1, 20)] * 3), rule=rules, seed=seeds)
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @each_implementation
     def test_matmul_is_the_formula_and_its_gradients_the_potentials(
         self, implementation, sizes, rule, seed
     ):
         b, m, k, n = sizes
-        x, w, g = normal(seed, (b, m, k), (b, k, n), (b, m, n))
-        with jax.enable_x64(True):
-            product = functools.partial(
-                adder_dot_general,
-                dimension_numbers=BATCHED,
-                rule=rule,
-                implementation=implementation,
-            )
-            y, dx, dw = value_and_pullback(product, x, w, g)
-        assert_close(y, literal.matmul(x, w), 1e-12)
+        product = functools.partial(
+            adder_dot_general, dimension_numbers=BATCHED, rule=rule, implementation=implementation
+        )
+        operands = normal(seed, (b, m, k), (b, k, n), (b, m, n))
+        y, dx, dw, x, w, g = in_widest(implementation, product, *operands)
+        widest = WIDEST[implementation]
+        assert_close(y, literal.matmul(x, w), TOLERANCES[widest])
         rho_x, rho_w = (
             functools.partial(literal.potential, clip) for clip in (rule.x, rule.kernel)
         )
@@ -67,12 +88,12 @@ class TestImplementation:
         assert_close(
             dx[few],
             self._few_differences(lambda x: (g * literal.matmul(x, w, rho_x)).sum(), x),
-            1e-5,
+            SLOPES[widest],
         )
         assert_close(
             dw[few],
             self._few_differences(lambda w: (g * literal.matmul(x, w, rho_w)).sum(), w),
-            1e-5,
+            SLOPES[widest],
         )
 
     @staticmethod
@@ -87,18 +108,21 @@ class TestImplementation:
         return literal.gradient(on_corner, at[:, :2, :2].copy())
 
     @given(case=conv_cases(), rule=rules, seed=seeds)
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @each_implementation
     def test_conv_is_the_formula_and_its_gradients_the_potentials(
         self, implementation, case, rule, seed
     ):
-        x, w, g = normal(seed, case.x, case.w, case.out)
-        with jax.enable_x64(True):
+        def product(x, w):
+            return adder_conv(x, w, *case.arguments, rule=rule, implementation=implementation)
 
-            def product(x, w):
-                return adder_conv(x, w, *case.arguments, rule=rule, implementation=implementation)
-
-            y, dx, dw = value_and_pullback(product, x, w, g)
-        assert_close(y, literal.conv(x, w, *case.arguments), 1e-12)
+        operands = normal(seed, case.x, case.w, case.out)
+        if len(case.strides) > 2 and implementation.startswith("cpu"):
+            with pytest.raises(ValueError, match="one or two spatial dimensions, not 3"):
+                in_widest(implementation, product, *operands)
+            return
+        y, dx, dw, x, w, g = in_widest(implementation, product, *operands)
+        widest = WIDEST[implementation]
+        assert_close(y, literal.conv(x, w, *case.arguments), TOLERANCES[widest])
         rho_x, rho_w = (
             functools.partial(literal.potential, clip) for clip in (rule.x, rule.kernel)
         )
@@ -116,7 +140,7 @@ class TestImplementation:
                 step = 1e-6
                 slope = (along(step) - along(-step)) / (2 * step)
                 assert (gradient * way).sum() == pytest.approx(
-                    slope, rel=1e-5, abs=1e-5 * np.abs(way).sum()
+                    slope, rel=SLOPES[widest], abs=SLOPES[widest] * np.abs(way).sum()
                 )
 
     @pytest.mark.parametrize("shape", SMALL_MATMULS, ids=lambda s: s.name)
@@ -160,6 +184,10 @@ class TestImplementation:
             exact = value_and_pullback(lambda x, w: product(x, w, "reference"), *operands)
         ours = functools.partial(value_and_pullback, lambda x, w: product(x, w, implementation))
         for dtype, relative in TOLERANCES.items():
+            if dtype == "float64" != WIDEST[implementation]:
+                with jax.enable_x64(True), pytest.raises(ValueError, match="in float32, not"):
+                    ours(*operands)
+                continue
             with jax.enable_x64(dtype == "float64"):
                 results = ours(*(jnp.asarray(a, dtype) for a in operands))
             for actual, expected in zip(results, exact, strict=True):
@@ -199,6 +227,10 @@ class TestImplementation:
         low, high = max(np.iinfo(dtype).min, -(2**15)), min(np.iinfo(dtype).max, 2**15 - 1)
         x = rng.integers(low, high, (9, 300), dtype, endpoint=True)
         w = rng.integers(low, high, (300, 6), dtype, endpoint=True)
+        if implementation.startswith("cpu") and np.dtype(dtype).itemsize > 1:
+            with pytest.raises(ValueError, match="takes uint8 and int8"):
+                adder_matmul(x, w, preferred_element_type=np.int32, implementation=implementation)
+            return
         y = adder_matmul(x, w, preferred_element_type=np.int32, implementation=implementation)
         assert y.dtype == np.int32
         np.testing.assert_array_equal(
@@ -246,13 +278,12 @@ class TestImplementation:
         assert not dw.any()
 
     @given(seed=seeds)
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @each_implementation
     def test_sign_rule_differentiates_the_product_itself(self, implementation, seed):
-        x, w, g = normal(seed, (1, 3, 3, 2), (3, 3, 2, 2), (1, 3, 3, 2))
         same = ((1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1), 1)
-        with jax.enable_x64(True):
-            product = functools.partial(adder_conv, rule=SIGN, implementation=implementation)
-            _, dx, dw = value_and_pullback(product, x, w, g)
+        product = functools.partial(adder_conv, rule=SIGN, implementation=implementation)
+        operands = normal(seed, (1, 3, 3, 2), (3, 3, 2, 2), (1, 3, 3, 2))
+        _, dx, dw, x, w, g = in_widest(implementation, product, *operands)
         expected = literal.gradient(lambda x: (g * literal.conv(x, w, *same)).sum(), x)
         assert_close(dx, expected, 1e-6)
         expected = literal.gradient(lambda w: (g * literal.conv(x, w, *same)).sum(), w)
@@ -271,7 +302,7 @@ def test_the_chunked_sums_do_not_depend_on_how_terms_are_cut(clip, seed):
             value_and_pullback(
                 functools.partial(adder_matmul, rule=rule, implementation=which), x, w, g
             )
-            for which in IMPLEMENTATIONS
+            for which in ("xla", "reference")
         )
     for actual, expected in zip(ours, exact, strict=True):
         assert_close(actual, expected, 1e-12)

@@ -1,0 +1,86 @@
+"""The implementations of the adder products: which there are, and which one a call gets."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+
+from jadder.kernels import cpu, reference, xla
+from jadder.kernels.by_platform import ByPlatform
+from jadder.kernels.interface import Kernels
+from jadder.kernels.spec import ConvSpec
+
+Implementation = Literal["xla", "cpu", "cpu_fast", "reference"]
+
+_KERNELS: Mapping[str, Kernels] = MappingProxyType(
+    {
+        "xla": xla,
+        "cpu": cpu.CpuKernels(),
+        "cpu_fast": cpu.CpuKernels(fast=True),
+        "reference": reference,
+    }
+)
+_BEST = ByPlatform(cpu=_KERNELS["cpu"], default=xla)
+
+
+class Availability(NamedTuple):
+    """Whether an implementation can be used here, and what it is or why it cannot."""
+
+    available: bool
+    about: str
+
+
+def implementations() -> dict[str, Availability]:
+    """Which implementations of the adder products can be used here, and why others cannot.
+
+    Example:
+      >>> import jadder
+      >>> jadder.implementations()["xla"]
+      Availability(available=True, about='loops that XLA compiles, on any platform')
+    """
+    missing = cpu.unavailable()
+    native = fast = Availability(False, missing or "")
+    if missing is None:
+        code = f"native code for the CPU ({cpu.instruction_set()}), float32 and bytes"
+        native = Availability(True, code)
+        fast = Availability(True, f"{code}; forward products a third quicker, less exact")
+    return {
+        "cpu": native,
+        "cpu_fast": fast,
+        "reference": Availability(True, "the literal definition, for small tests"),
+        "xla": Availability(True, "loops that XLA compiles, on any platform"),
+    }
+
+
+def select(
+    name: str,
+    implementation: str | None,
+    dtype: jnp.dtype,
+    spec: ConvSpec | None,
+    out_dtype: jnp.dtype,
+) -> Kernels:
+    """The kernels for operands of ``dtype`` that are summed in ``out_dtype``.
+
+    Args:
+      name: of the caller, for errors.
+      implementation: None for the best that can do it; the platform is then chosen when the
+        program is lowered.
+      spec: of a convolution; None for a matmul.
+
+    Raises:
+      ValueError: an implementation that there is not, or that cannot do it.
+    """
+    if implementation is not None and implementation not in _KERNELS:
+        raise ValueError(
+            f"{name}: implementation must be None or one of {sorted(get_args(Implementation))}, "
+            f"got {implementation!r}"
+        )
+    if implementation in ("xla", "reference"):
+        return _KERNELS[implementation]
+    refusal = cpu.unavailable() or cpu.unsupported(dtype, spec, out_dtype)
+    if implementation is None:
+        return _BEST if refusal is None else xla
+    if refusal is not None:
+        raise ValueError(f"{name}: implementation={implementation!r} cannot be used: {refusal}")
+    return _KERNELS[implementation]

@@ -1,0 +1,257 @@
+"""The adder products as native code for the CPU, through XLA's foreign function interface.
+
+The library is C++ without any part of Python in it: it is loaded with ctypes, and its symbols are
+registered with JAX on first use. Floating-point products compute in float32, of float32, bfloat16
+or float16 operands; those of bytes sum in int32. Matmuls, and convolutions of one or two spatial
+dimensions; `unsupported` says what is not taken.
+
+On its own it uses the instruction set that the processor has, AVX-512 or AVX2 or the baseline; the
+environment variable ``JADDER_CPU_ISA=avx2`` or ``=baseline`` asks for a lower one.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import importlib.resources
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jadder.kernels import linear
+from jadder.kernels.spec import ConvSpec
+from jadder.kernels.varying import varying_axes
+from jadder.rules import Clip
+
+_LIBRARY = "libjadder_cpu.so"
+_TARGETS = (
+    "matmul",
+    "matmul_dx",
+    "matmul_dw",
+    "conv",
+    "conv_dx",
+    "conv_dw",
+)
+_ISAS = ("avx512", "avx2", "baseline")
+
+
+def unavailable() -> str | None:
+    """Why the native code cannot be used at all, or None if it can."""
+    return _load()[1]
+
+
+def unsupported(dtype: jnp.dtype, spec: ConvSpec | None, out_dtype: jnp.dtype) -> str | None:
+    """Why operands of ``dtype``, summed in ``out_dtype``, cannot be taken; None if they can."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        if dtype not in (jnp.uint8, jnp.int8):
+            return f"of integers it takes uint8 and int8, not {dtype}"
+    elif dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or out_dtype != jnp.float32:
+        return f"it computes in float32, not {out_dtype} of {dtype}"
+    if spec is not None and len(spec.window_strides) > 2:
+        return f"it takes one or two spatial dimensions, not {len(spec.window_strides)}"
+    return None
+
+
+def instruction_set() -> str:
+    """``"avx512"``, ``"avx2"`` or ``"baseline"``: what the native code runs on here."""
+    name: bytes = _library().jadder_isa()
+    return name.decode()
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuKernels:
+    """The native products.
+
+    With ``fast`` the forward products of floats are Σ_k x + Σ_k w - 2 Σ_k max(x, w): a third
+    quicker, and inexact by rounding errors of Σ|x| + Σ|w| rather than of Σ|x - w|.
+    """
+
+    fast: bool = False
+
+    def matmul(self, x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
+        """y[b, m, n] = -Σ_k |x[b, m, k] - w[b, k, n]|."""
+        shape = (*x.shape[:2], w.shape[2])
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return _call("integer_matmul", shape, jnp.int32, (x, w))
+        return _call("matmul", shape, out_dtype, (x, w), fast=np.bool_(self.fast))
+
+    def matmul_dx(
+        self,
+        x: Array,
+        w: Array,
+        g: Array,
+        clip: Clip,
+        *,
+        out_dtype: DTypeLike,
+        precision: lax.PrecisionLike = None,
+    ) -> Array:
+        """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
+        if clip.is_linear:
+            return linear.matmul_dx(x, w, g, clip, out_dtype=out_dtype, precision=precision)
+        return _call("matmul_dx", x.shape, out_dtype, (x, w, g), **_clip(clip))
+
+    def matmul_dw(
+        self,
+        x: Array,
+        w: Array,
+        g: Array,
+        clip: Clip,
+        *,
+        out_dtype: DTypeLike,
+        precision: lax.PrecisionLike = None,
+    ) -> Array:
+        """dw[b, k, n] = Σ_m ψ(x[b, m, k] - w[b, k, n]) g[b, m, n], in float32 at least."""
+        del precision
+        return _call("matmul_dw", w.shape, out_dtype, (x, w, g), **_clip(clip))
+
+    def conv(self, x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
+        """y[b, o, f] = -Σ_{tap, c} |x[b, position(o, tap), c] - w[tap, c, f]|, zeros included."""
+        out = (x.shape[0], *spec.out_spatial(x.shape[1:-1], w.shape[:-2]), w.shape[-1])
+        shape, operands = _planar_shape(out), (_planar(x, 1), _planar(w, 0))
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            y = _call("integer_conv", shape, jnp.int32, operands, **_spec(spec))
+        else:
+            fast = np.bool_(self.fast)
+            y = _call("conv", shape, out_dtype, operands, **_spec(spec), fast=fast)
+        return y.reshape(out)
+
+    def conv_dx(
+        self,
+        x: Array,
+        w: Array,
+        g: Array,
+        spec: ConvSpec,
+        clip: Clip,
+        *,
+        out_dtype: DTypeLike,
+        precision: lax.PrecisionLike = None,
+    ) -> Array:
+        """dx[b, p, c] = Σ_{tap, f} ψ(w[tap, c, f] - x[b, p, c]) g[b, output(p, tap), f]."""
+        if clip.is_linear:
+            return linear.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
+        operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
+        shape = operands[0].shape
+        dx = _call("conv_dx", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
+        return dx.reshape(x.shape)
+
+    def conv_dw(
+        self,
+        x: Array,
+        w: Array,
+        g: Array,
+        spec: ConvSpec,
+        clip: Clip,
+        *,
+        out_dtype: DTypeLike,
+        precision: lax.PrecisionLike = None,
+    ) -> Array:
+        """dw[tap, c, f] = Σ_{b, o} ψ(x[b, position(o, tap), c] - w[tap, c, f]) g[b, o, f]."""
+        del precision
+        operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
+        shape = operands[1].shape
+        dw = _call("conv_dw", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
+        return dw.reshape(w.shape)
+
+
+def _call(
+    target: str,
+    shape: Sequence[int],
+    out_dtype: DTypeLike,
+    operands: Sequence[Array],
+    **attributes: Any,
+) -> Array:
+    """One foreign call; vmap maps it without repeating an operand that is not mapped."""
+    _library()
+    result_dtype = jnp.int32 if jnp.dtype(out_dtype) == jnp.int32 else jnp.float32
+    bfloat16 = all(operand.dtype == jnp.bfloat16 for operand in operands)
+    if result_dtype == jnp.float32 and not bfloat16:
+        operands = [operand.astype(jnp.float32) for operand in operands]
+    result = jax.ShapeDtypeStruct(tuple(shape), result_dtype, **_varying(*operands))
+    call = jax.ffi.ffi_call(f"jadder_{target}", result, vmap_method="expand_dims")
+    y: Array = call(*operands, **attributes)
+    return y.astype(out_dtype)
+
+
+def _varying(*operands: Array) -> dict[str, Any]:
+    """The type of a result inside ``jax.shard_map``: it varies as its operands do."""
+    axes = varying_axes(*operands)
+    if not axes:
+        return {}
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        "manual_axis_type": jax.sharding.ManualAxisType(varying=axes),
+        "sharding": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    }
+
+
+def _clip(clip: Clip) -> dict[str, Any]:
+    return {"scale": np.float64(clip.scale), "bound": np.float64(clip.bound)}
+
+
+def _spec(spec: ConvSpec) -> dict[str, Any]:
+    """A spec's attributes in two dimensions: one dimension is a plane one pixel high."""
+    missing = 2 - len(spec.window_strides)
+    ones, none = (1,) * missing, ((0, 0),) * missing
+    return {
+        "strides": np.array((*ones, *spec.window_strides), np.int64),
+        "padding": np.array((*none, *spec.padding), np.int64).reshape(-1),
+        "lhs_dilation": np.array((*ones, *spec.lhs_dilation), np.int64),
+        "rhs_dilation": np.array((*ones, *spec.rhs_dilation), np.int64),
+        "groups": np.int64(spec.feature_group_count),
+    }
+
+
+def _planar(array: Array, axis: int) -> Array:
+    """An array of one spatial dimension, at ``axis``, as one of two."""
+    return array if array.ndim == 4 else jnp.expand_dims(array, axis)
+
+
+def _planar_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(shape) if len(shape) == 4 else (shape[0], 1, *shape[1:])
+
+
+def _library() -> ctypes.CDLL:
+    library, refusal = _load()
+    if library is None:
+        raise RuntimeError(f"the native CPU kernels are unavailable: {refusal}")
+    return library
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, its functions registered with JAX, or the reason why there is none."""
+    isa = os.environ.get("JADDER_CPU_ISA", _ISAS[0])
+    if isa not in _ISAS:
+        raise ValueError(f"JADDER_CPU_ISA must be one of {_ISAS}, got {isa!r}")
+    path = importlib.resources.files("jadder").joinpath("_native", _LIBRARY)
+    if not path.is_file():
+        return None, (
+            "this installation has no native library; reinstall jadder where a C++17 compiler "
+            "(GCC or Clang) is found"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"the native library does not load: {error}"
+    library.jadder_jaxlib_version.restype = library.jadder_isa.restype = ctypes.c_char_p
+    built = library.jadder_jaxlib_version().decode()
+    # XLA would not start at all with handlers that are newer than itself.
+    if _release(built) > jaxlib.version.__version_info__[:3]:
+        return None, (
+            f"the native library was built with the headers of jaxlib {built}, and jaxlib "
+            f"{jaxlib.version.__version__} is older"
+        )
+    for target in _TARGETS:
+        capsule = jax.ffi.pycapsule(getattr(library, f"jadder_{target}"))
+        jax.ffi.register_ffi_target(f"jadder_{target}", capsule, platform="cpu")
+    return library, None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3])
