@@ -77,7 +77,8 @@ def training_step(
 ) -> tuple[Step, tuple[Any, Any, Any, Array, Array]]:
     """A step of AdderNet's recipe; parameters, statistics, optimizer's state, images and labels."""
     network = models.create(model, family=family, image_size=(size, size), rngs=nnx.Rngs(0))
-    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
+    parts: Any = nnx.split(network, nnx.Param, ...)
+    graphdef, params, rest = parts
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
     tx = adder_sgd(0.1, mask=adder_mask(network))
 

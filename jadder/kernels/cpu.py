@@ -37,6 +37,8 @@ _TARGETS = (
     "conv",
     "conv_dx",
     "conv_dw",
+    "integer_matmul",
+    "integer_conv",
 )
 _ISAS = ("avx512", "avx2", "baseline")
 

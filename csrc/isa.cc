@@ -1,0 +1,56 @@
+// Which instruction set's kernels to run.
+
+#include <cstdlib>
+#include <cstring>
+
+#include "integers.h"
+#include "kernels.h"
+
+namespace jadder {
+namespace {
+
+// Levels: 0 baseline, 1 AVX2 with FMA, 2 AVX-512 F, DQ and BW.
+int SupportedLevel() {
+#if defined(JADDER_X86)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? 2 : 1;
+#else
+  return 0;
+#endif
+}
+
+int WantedLevel() {
+  const char* name = std::getenv("JADDER_CPU_ISA");
+  if (name == nullptr) return 2;
+  if (std::strcmp(name, "baseline") == 0) return 0;
+  if (std::strcmp(name, "avx2") == 0) return 1;
+  return 2;
+}
+
+int Level() {
+  static const int supported = SupportedLevel(), wanted = WantedLevel();
+  return supported < wanted ? supported : wanted;
+}
+
+}  // namespace
+
+const Kernels& SelectKernels() {
+#if defined(JADDER_X86)
+  if (Level() == 2) return avx512::kKernels;
+  if (Level() == 1) return avx2::kKernels;
+#endif
+  return baseline::kKernels;
+}
+
+const IntegerKernels& SelectIntegerKernels() {
+#if defined(JADDER_X86)
+  if (Level() == 2) return avx512::kIntegerKernels;
+  if (Level() == 1) return avx2::kIntegerKernels;
+#endif
+  return baseline::kIntegerKernels;
+}
+
+}  // namespace jadder

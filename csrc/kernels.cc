@@ -1,0 +1,404 @@
+// The register tiles. Compiled once for each instruction set (see simd.h).
+//
+// A tile keeps its sums in registers while the terms stream by: for each term one load for each row
+// and one for each vector of the panel, against rows × vectors terms of arithmetic. 12 rows × 2
+// vectors (6 × 2 with 16 registers) therefore leave the arithmetic as the limit, as in a BLAS.
+
+#include "kernels.h"
+
+#include <utility>
+
+#include "simd.h"
+
+namespace jadder::JADDER_ISA {
+namespace {
+
+inline constexpr int kForwardRows = kRegisters == 32 ? 12 : 5;
+inline constexpr int kForwardVectors = 2;
+inline constexpr int kGradientRows = kRegisters == 32 ? 12 : 6;
+
+static_assert(kForwardRows <= kMaxRows && kGradientRows <= kMaxRows);
+static_assert(kForwardVectors * kLanes <= kMaxWidth);
+
+// A one that the compiler cannot see through, or it would undo the choice of units.
+JADDER_INLINE Vec OpaqueOne() {
+  float one = 1;
+  asm volatile("" : "+m"(one));
+  return Broadcast(one);
+}
+
+// Keeps values that are needed before and after the loop from occupying registers during it.
+JADDER_INLINE void ForgetLoads() { asm volatile("" : : : "memory"); }
+
+// Floats from one term of a row to the next, and the term's value in each lane.
+template <bool kLanewise>
+inline constexpr int kTermFloats = kLanewise ? kLanes : 1;
+
+template <bool kLanewise>
+JADDER_INLINE Vec TermValue(const float* term) {
+  return kLanewise ? Load(term) : Broadcast(*term);
+}
+
+template <class Term, bool kLanewise, int kRows, int kVectors>
+JADDER_INLINE void SumTerms(const Tile& tile, Vec (&sum)[kRows][kVectors]) {
+  const Vec one = OpaqueOne();
+  const float* panel = tile.panel;
+  for (int64_t i = 0; i < tile.num_runs; ++i) {
+    const char* row_end[kRows];  // rows share one counter of bytes: there is no register to spare
+    const int64_t length = tile.runs[i].length * kTermFloats<kLanewise>;
+    const int64_t end = tile.runs[i].offset + length;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      row_end[r] = reinterpret_cast<const char*>(tile.rows[r] + end);
+    }
+    for (int64_t k = -length * int64_t{sizeof(float)}; k < 0;
+         k += kTermFloats<kLanewise> * sizeof(float), panel += kVectors * kLanes) {
+      Vec lane[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) lane[v] = Load(panel + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec value = TermValue<kLanewise>(reinterpret_cast<const float*>(row_end[r] + k));
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          sum[r][v] = (r * kVectors + v) % 2
+                          ? Term::template Add<true>(sum[r][v], value, lane[v], one)
+                          : Term::template Add<false>(sum[r][v], value, lane[v], one);
+        }
+      }
+    }
+  }
+}
+
+template <bool kLanewise, int kRows, int kVectors>
+__attribute__((noinline)) void AbsTile(const Tile& tile) {
+  Vec sum[kRows][kVectors] = {};
+  SumTerms<AbsTerm, kLanewise>(tile, sum);
+  const Vec factor = Broadcast(tile.factor);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      float* out = tile.out + tile.offsets[r] + v * kLanes;
+      const Vec value = sum[r][v] * factor;
+      Store(out, tile.add ? Load(out) + value : value);
+    }
+  }
+}
+
+template <int kRows, int kVectors>
+JADDER_INLINE bool SumsAreFinite(const Tile& tile) {
+  Vec nan[4] = {};
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) {
+    nan[v] = Fma(Load(tile.column_sums + v * kLanes), Broadcast(0), nan[v]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    nan[r % 4] = Fma(Broadcast(tile.row_sums[r]), Broadcast(0), nan[r % 4]);
+  }
+  return !AnyNan((nan[0] + nan[1]) + (nan[2] + nan[3]));
+}
+
+// Falls back on the absolute value where Σx + Σw is not finite and would make NaN of infinities.
+template <int kRows, int kVectors>
+void MaxTile(const Tile& tile) {
+  if (!SumsAreFinite<kRows, kVectors>(tile)) return AbsTile<false, kRows, kVectors>(tile);
+  ForgetLoads();
+  Vec sum[kRows][kVectors] = {};
+  SumTerms<MaxTerm, false>(tile, sum);
+  ForgetLoads();
+  const Vec factor = Broadcast(tile.factor);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      float* out = tile.out + tile.offsets[r] + v * kLanes;
+      const Vec both = Broadcast(tile.row_sums[r]) + Load(tile.column_sums + v * kLanes);
+      const Vec value = (sum[r][v] + sum[r][v] - both) * factor;
+      Store(out, tile.add ? Load(out) + value : value);
+    }
+  }
+}
+
+template <class Term, bool kLanewise, int kRows>
+JADDER_INLINE void GradientTile(const Tile& tile) {
+  const Vec one = OpaqueOne(), bound = Broadcast(tile.bound);
+  Vec sum[kRows], target[kRows];
+  const float* panel = tile.panel;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    sum[r] = Broadcast(0);
+    target[r] = Load(tile.targets + tile.target_offsets[r]);
+  }
+  for (int64_t i = 0; i < tile.num_runs; ++i) {
+    const char* row_end[kRows];  // rows share one counter of bytes: there is no register to spare
+    const int64_t length = tile.runs[i].length * kTermFloats<kLanewise>;
+    const int64_t end = tile.runs[i].offset + length;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      row_end[r] = reinterpret_cast<const char*>(tile.rows[r] + end);
+    }
+    for (int64_t k = -length * int64_t{sizeof(float)}; k < 0;
+         k += kTermFloats<kLanewise> * sizeof(float), panel += kLanes) {
+      const Vec lane = Load(panel);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec value = TermValue<kLanewise>(reinterpret_cast<const float*>(row_end[r] + k));
+        sum[r] = r % 2 ? Term::template Add<true>(sum[r], target[r], lane, value, one, bound)
+                       : Term::template Add<false>(sum[r], target[r], lane, value, one, bound);
+      }
+    }
+  }
+  const Vec factor = Broadcast(tile.factor);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    float* out = tile.out + tile.offsets[r];
+    const Vec value = sum[r] * factor;
+    Store(out, tile.add ? Load(out) + value : value);
+  }
+}
+
+template <class Term, class ExactTerm, bool kLanewise, int kRows>
+void CheckedGradientTile(const Tile& tile) {
+  Vec nan[3] = {};
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    nan[r % 3] = Fma(Load(tile.targets + tile.target_offsets[r]), Broadcast(0), nan[r % 3]);
+  }
+  if (tile.panel_is_finite && !AnyNan(nan[0] + nan[1] + nan[2])) {
+    return GradientTile<Term, kLanewise, kRows>(tile);
+  }
+
+  Tile part = tile;
+  for (int r = 0; r < kRows; ++r) {
+    part.rows = tile.rows + r;
+    part.offsets = tile.offsets + r;
+    part.target_offsets = tile.target_offsets + r;
+    GradientTile<ExactTerm, kLanewise, 1>(part);
+  }
+}
+
+template <int kRows, int kVectors>
+JADDER_INLINE void StoreOuter(const OuterTile& tile, const Vec (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      float* out = tile.out + r * tile.out_stride + v * kLanes;
+      Store(out, tile.add ? Load(out) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+template <bool kLanewise, int kRows, int kVectors>
+void ProductOuterTile(const OuterTile& tile) {
+  Vec sum[kRows][kVectors] = {};
+  for (int64_t p = 0; p < tile.positions; ++p) {
+    const float* x = tile.x[p] + tile.x_offset;
+    const float* g = tile.g + tile.g_offsets[p];
+    Vec lane[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) lane[v] = Load(g + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = TermValue<kLanewise>(x + r * kTermFloats<kLanewise>);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Fma(value, lane[v], sum[r][v]);
+    }
+  }
+  StoreOuter(tile, sum);
+}
+
+template <class Term, bool kLanewise, int kRows>
+JADDER_INLINE void BoundedOuterTile(const OuterTile& tile) {
+  const Vec one = OpaqueOne(), bound = Broadcast(tile.bound);
+  Vec sum[kRows][1] = {}, target[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) target[r] = Load(tile.targets + r * tile.out_stride);
+  for (int64_t p = 0; p < tile.positions; ++p) {
+    const float* x = tile.x[p] + tile.x_offset;
+    const Vec lane = Load(tile.g + tile.g_offsets[p]);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = TermValue<kLanewise>(x + r * kTermFloats<kLanewise>);
+      sum[r][0] = r % 2 ? Term::template Add<true>(sum[r][0], value, target[r], lane, one, bound)
+                        : Term::template Add<false>(sum[r][0], value, target[r], lane, one, bound);
+    }
+  }
+  StoreOuter(tile, sum);
+}
+
+template <class Term, class ExactTerm, bool kLanewise, int kRows>
+void CheckedOuterTile(const OuterTile& tile) {
+  Vec nan = Broadcast(0);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    nan = Fma(Load(tile.targets + r * tile.out_stride), Broadcast(0), nan);
+  }
+  if (tile.x_is_finite && !AnyNan(nan)) return BoundedOuterTile<Term, kLanewise, kRows>(tile);
+
+  OuterTile part = tile;
+  for (int r = 0; r < kRows; ++r) {
+    part.x_offset = tile.x_offset + r * kTermFloats<kLanewise>;
+    part.out = tile.out + r * tile.out_stride;
+    part.targets = tile.targets + r * tile.out_stride;
+    BoundedOuterTile<ExactTerm, kLanewise, 1>(part);
+  }
+}
+
+template <class Function, int kSize>
+struct Table {
+  Function at[kSize];
+};
+using Tiles = Table<void (*)(const Tile&), kMaxRows>;
+using OuterTiles = Table<void (*)(const OuterTile&), kMaxRows>;
+
+// Tables by number of rows, from 1.
+template <bool kLanewise, int kVectors, int... kLess>
+constexpr Tiles AbsTiles(std::integer_sequence<int, kLess...>) {
+  return {{AbsTile<kLanewise, kLess + 1, kVectors>...}};
+}
+template <int kVectors, int... kLess>
+constexpr Tiles MaxTiles(std::integer_sequence<int, kLess...>) {
+  return {{MaxTile<kLess + 1, kVectors>...}};
+}
+template <class Term, class ExactTerm, bool kLanewise, int... kLess>
+constexpr Tiles GradientTiles(std::integer_sequence<int, kLess...>) {
+  return {{CheckedGradientTile<Term, ExactTerm, kLanewise, kLess + 1>...}};
+}
+template <bool kLanewise, int kVectors, int... kLess>
+constexpr OuterTiles ProductOuterTiles(std::integer_sequence<int, kLess...>) {
+  return {{ProductOuterTile<kLanewise, kLess + 1, kVectors>...}};
+}
+template <class Term, class ExactTerm, bool kLanewise, int... kLess>
+constexpr OuterTiles BoundedOuterTiles(std::integer_sequence<int, kLess...>) {
+  return {{CheckedOuterTile<Term, ExactTerm, kLanewise, kLess + 1>...}};
+}
+
+using ForwardSizes = std::make_integer_sequence<int, kForwardRows>;
+using GradientSizes = std::make_integer_sequence<int, kGradientRows>;
+
+constexpr Tiles kAbs1 = AbsTiles<false, 1>(ForwardSizes{});
+constexpr Tiles kAbs2 = AbsTiles<false, 2>(ForwardSizes{});
+constexpr Tiles kMax1 = MaxTiles<1>(ForwardSizes{});
+constexpr Tiles kMax2 = MaxTiles<2>(ForwardSizes{});
+constexpr Tiles kClips = GradientTiles<ClipTerm, ExactClipTerm, false>(GradientSizes{});
+constexpr Tiles kSigns = GradientTiles<SignTerm, ExactSignTerm, false>(GradientSizes{});
+constexpr OuterTiles kOuter1 = ProductOuterTiles<false, 1>(ForwardSizes{});
+constexpr OuterTiles kOuter2 = ProductOuterTiles<false, 2>(ForwardSizes{});
+constexpr OuterTiles kOuterClips =
+    BoundedOuterTiles<ClipTerm, ExactClipTerm, false>(GradientSizes{});
+constexpr OuterTiles kOuterSigns =
+    BoundedOuterTiles<SignTerm, ExactSignTerm, false>(GradientSizes{});
+
+constexpr Tiles kLaneAbs = AbsTiles<true, 1>(ForwardSizes{});
+constexpr Tiles kLaneClips = GradientTiles<ClipTerm, ExactClipTerm, true>(GradientSizes{});
+constexpr Tiles kLaneSigns = GradientTiles<SignTerm, ExactSignTerm, true>(GradientSizes{});
+constexpr OuterTiles kLaneOuter = ProductOuterTiles<true, 1>(ForwardSizes{});
+constexpr OuterTiles kLaneOuterClips =
+    BoundedOuterTiles<ClipTerm, ExactClipTerm, true>(GradientSizes{});
+constexpr OuterTiles kLaneOuterSigns =
+    BoundedOuterTiles<SignTerm, ExactSignTerm, true>(GradientSizes{});
+
+void RunProduct(Product product, int rows, int vectors, const Tile& tile) {
+  switch (product) {
+    case Product::kAbs:
+      return (vectors == 1 ? kAbs1 : kAbs2).at[rows - 1](tile);
+    case Product::kMax:
+      return (vectors == 1 ? kMax1 : kMax2).at[rows - 1](tile);
+    case Product::kClip:
+      return kClips.at[rows - 1](tile);
+    case Product::kSign:
+      return kSigns.at[rows - 1](tile);
+    case Product::kOuter:
+      break;
+  }
+}
+
+void RunLanewiseProduct(Product product, int rows, const Tile& tile) {
+  switch (product) {
+    case Product::kAbs:
+      return kLaneAbs.at[rows - 1](tile);
+    case Product::kClip:
+      return kLaneClips.at[rows - 1](tile);
+    case Product::kSign:
+      return kLaneSigns.at[rows - 1](tile);
+    default:
+      break;
+  }
+}
+
+// Several rows at once: each sum is a chain of additions that wait for one another.
+template <int kRows>
+JADDER_INLINE void SumRows(const float* const* rows, const Run* runs, int64_t num_runs,
+                           float* sums) {
+  Vec sum[kRows] = {};
+  for (int64_t i = 0; i < num_runs; ++i) {
+    const int64_t end = runs[i].offset + runs[i].length;
+    int64_t k = runs[i].offset;
+    for (; k + kLanes <= end; k += kLanes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sum[r] = sum[r] + Load(rows[r] + k);
+    }
+    if (k == end) continue;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) sum[r] = sum[r] + LoadFirst(rows[r] + k, end - k);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) sums[r] = HorizontalSum(sum[r]);
+}
+
+void RowSums(const Tile& tile, int rows, float* sums) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) SumRows<4>(tile.rows + r, tile.runs, tile.num_runs, sums + r);
+  for (; r < rows; ++r) SumRows<1>(tile.rows + r, tile.runs, tile.num_runs, sums + r);
+}
+
+void RunOuter(Product product, int rows, int vectors, const OuterTile& tile) {
+  switch (product) {
+    case Product::kOuter:
+      return (vectors == 1 ? kOuter1 : kOuter2).at[rows - 1](tile);
+    case Product::kClip:
+      return kOuterClips.at[rows - 1](tile);
+    case Product::kSign:
+      return kOuterSigns.at[rows - 1](tile);
+    default:
+      break;
+  }
+}
+
+void RunLanewiseOuter(Product product, int rows, const OuterTile& tile) {
+  switch (product) {
+    case Product::kOuter:
+      return kLaneOuter.at[rows - 1](tile);
+    case Product::kClip:
+      return kLaneOuterClips.at[rows - 1](tile);
+    case Product::kSign:
+      return kLaneOuterSigns.at[rows - 1](tile);
+    default:
+      break;
+  }
+}
+
+void AddRows(const float* data, const int64_t* offsets, int64_t count, int64_t width,
+             float* sums) {
+  for (int64_t lane = 0; lane < width; lane += kLanes) {
+    Vec sum[4] = {Load(sums + lane)};
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[j] = sum[j] + Load(data + offsets[i + j] + lane);
+    }
+    for (; i < count; ++i) sum[0] = sum[0] + Load(data + offsets[i] + lane);
+    Store(sums + lane, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+}  // namespace
+
+const Kernels kKernels = {
+    JADDER_NAME(JADDER_ISA), kLanes,  kForwardRows, kForwardVectors,  kGradientRows, RunProduct,
+    RunLanewiseProduct,      RowSums, RunOuter,     RunLanewiseOuter, AddRows};
+
+}  // namespace jadder::JADDER_ISA

@@ -1,0 +1,111 @@
+// The innermost loops, compiled once for each instruction set and reached through a table.
+//
+// Everything above this interface (shapes, packing, threads) is compiled for the baseline alone.
+// Code below it uses no function template of the standard library, since the linker would keep one
+// copy of such a function for all instruction sets.
+
+#pragma once
+
+#include <cstdint>
+
+namespace jadder {
+
+// Most rows of any tile, and most floats of one panel row, over all instruction sets.
+inline constexpr int kMaxRows = 12;
+inline constexpr int kMaxWidth = 32;
+
+// A stretch of the sum whose terms lie one after another in memory.
+struct Run {
+  int64_t offset;  // in floats, from a row's start
+  int64_t length;  // in terms
+};
+
+enum class Product {
+  kAbs,   // Σ |x - w|
+  kMax,   // Σ x + Σ w - 2 Σ max(x, w): one operation less for each term, and cancellation
+  kClip,  // Σ clip(w - x, -bound, bound) g
+  kSign,  // Σ sign(w - x) g
+  kOuter, // Σ x g, over positions
+};
+
+// One register tile of a product: for each row r and lane of the panel
+//
+//   out[offsets[r] + lane] (+)= factor · Σ_k term(rows[r][k], panel[k][lane])
+//
+// The sum runs over `runs` in order while `panel` advances by its width for each term. In a forward
+// product `rows` is x and `panel` is w. In the gradient for x, `rows` is g, `panel` is w transposed
+// and `targets` is x, read at target_offsets[r] + lane.
+struct Tile {
+  const float* const* rows;
+  const Run* runs;
+  int64_t num_runs;
+  const float* panel;
+  float* out;
+  const int64_t* offsets;
+  bool add;  // to what `out` holds
+  float factor;
+
+  const float* row_sums;     // kMax: Σ_k x for each row
+  const float* column_sums;  // kMax: Σ_k w for each lane
+
+  const float* targets;  // kClip, kSign
+  const int64_t* target_offsets;
+  float bound;           // kClip
+  bool panel_is_finite;  // kClip, kSign: whether NaN can come from x alone
+};
+
+// One register tile of a kernel's gradient, which sums over positions p: for each row and lane
+//
+//   out[row][lane] (+)= Σ_p ψ(targets[row][lane] - x[p][x_offset + row]) g[g_offsets[p] + lane]
+//
+// where x is the input and `targets` is w, so that the result has the opposite sign. kOuter takes
+// the bare product of x and g.
+struct OuterTile {
+  const float* const* x;
+  int64_t x_offset;
+  const float* g;
+  const int64_t* g_offsets;
+  int64_t positions;
+  float* out;
+  int64_t out_stride;  // from row to row, of `targets` too
+  bool add;            // to what `out` holds
+  const float* targets;
+  float bound;       // kClip
+  bool x_is_finite;  // kClip, kSign: whether NaN can come from w alone
+};
+
+// Tiles come in two kinds. In most, a term of a row is one float, which meets every lane of the
+// panel. In lane-wise tiles it is a whole vector, each lane meeting its own: products whose groups
+// have fewer channels than a vector has lanes, above all depthwise ones.
+struct Kernels {
+  const char* name;
+  int lanes;            // floats in a vector
+  int forward_rows;     // most rows of a tile of kAbs and kMax
+  int forward_vectors;  // most vectors in a row of its panel
+  int gradient_rows;    // most rows of a tile of kClip and kSign, whose panels are one vector wide
+
+  void (*product)(Product product, int rows, int vectors, const Tile& tile);
+  void (*lanewise_product)(Product product, int rows, const Tile& tile);  // not kMax
+  void (*row_sums)(const Tile& tile, int rows, float* sums);
+  // `vectors` may be more than one for kOuter only.
+  void (*outer)(Product product, int rows, int vectors, const OuterTile& tile);
+  void (*lanewise_outer)(Product product, int rows, const OuterTile& tile);
+  // Adds `width` floats, a multiple of `lanes`, at each of the offsets to `sums`.
+  void (*add_rows)(const float* data, const int64_t* offsets, int64_t count, int64_t width,
+                   float* sums);
+};
+
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace baseline {
+extern const Kernels kKernels;
+}
+
+// The best table that this processor can run; JADDER_CPU_ISA=avx2 or =baseline asks for less.
+const Kernels& SelectKernels();
+
+}  // namespace jadder

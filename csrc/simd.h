@@ -1,0 +1,247 @@
+// One vector of floats, for the instruction set that this translation unit is compiled for, and
+// the terms that the products add up.
+//
+// What limits a term is the number of operations and the units that take them. Current x86 cores
+// have two units for fused multiply-adds and two for additions, comparisons and minima, so the
+// subtraction of every other term (template argument `kOdd`) is written as -x · 1 + w, which rounds
+// in the same way: the three operations of a term then keep all four units busy.
+
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+#define JADDER_ISA avx512
+#elif defined(__AVX2__) && defined(__FMA__)
+#define JADDER_ISA avx2
+#else
+#define JADDER_ISA baseline
+#endif
+
+#define JADDER_NAME_(isa) #isa
+#define JADDER_NAME(isa) JADDER_NAME_(isa)
+#define JADDER_INLINE inline __attribute__((always_inline))
+
+namespace jadder::JADDER_ISA {
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+
+using Vec = __m512;
+inline constexpr int kLanes = 16;
+inline constexpr int kRegisters = 32;
+
+JADDER_INLINE Vec Load(const float* p) { return _mm512_loadu_ps(p); }
+JADDER_INLINE Vec LoadFirst(const float* p, int64_t count) {  // zeros in the lanes after those
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+JADDER_INLINE void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+JADDER_INLINE Vec Broadcast(float v) { return _mm512_set1_ps(v); }
+JADDER_INLINE Vec Sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+JADDER_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+JADDER_INLINE Vec SubOnFma(Vec a, Vec b, Vec one) { return _mm512_fnmadd_ps(b, one, a); }
+JADDER_INLINE Vec Abs(Vec a) { return _mm512_abs_ps(a); }
+JADDER_INLINE Vec Max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+JADDER_INLINE float HorizontalSum(Vec a) { return _mm512_reduce_add_ps(a); }
+JADDER_INLINE bool AnyNan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+
+// min(|d|, bound) with d's sign, in one instruction. NaN turns into the bound.
+JADDER_INLINE Vec ClipFinite(Vec d, Vec bound) { return _mm512_range_ps(d, bound, 2); }
+
+// Both instructions return their second operand where one is NaN.
+JADDER_INLINE Vec ClipExact(Vec d, Vec bound) {
+  return _mm512_max_ps(Sub(_mm512_setzero_ps(), bound), _mm512_min_ps(bound, d));
+}
+
+JADDER_INLINE Vec AddSigned(Vec sum, Vec w, Vec x, Vec g) {  // NaN differences add ±g
+  const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+  const __m512i one = _mm512_castps_si512(_mm512_set1_ps(1));
+  const __mmask16 differ = _mm512_cmp_ps_mask(w, x, _CMP_NEQ_UQ);
+  const __m512i d = _mm512_castps_si512(Sub(w, x));
+  // The sign bit of d and the other bits of one; zero where equal, so that infinite g makes NaN.
+  return Fma(_mm512_castsi512_ps(_mm512_maskz_ternarylogic_epi32(differ, d, one, sign, 0xe4)), g,
+             sum);
+}
+
+JADDER_INLINE Vec SignExact(Vec d) {
+  const Vec zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1);
+  Vec sign = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(d, zero, _CMP_GT_OQ), one);
+  sign = _mm512_mask_mov_ps(sign, _mm512_cmp_ps_mask(d, zero, _CMP_LT_OQ), _mm512_set1_ps(-1));
+  return _mm512_mask_mov_ps(sign, _mm512_cmp_ps_mask(d, d, _CMP_UNORD_Q), d);
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+using Vec = __m256;
+inline constexpr int kLanes = 8;
+inline constexpr int kRegisters = 16;
+
+JADDER_INLINE Vec Load(const float* p) { return _mm256_loadu_ps(p); }
+JADDER_INLINE Vec LoadFirst(const float* p, int64_t count) {  // zeros in the lanes after those
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i end = _mm256_set1_epi32(static_cast<int>(count));
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(end, lane));
+}
+JADDER_INLINE void Store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+JADDER_INLINE Vec Broadcast(float v) { return _mm256_set1_ps(v); }
+JADDER_INLINE Vec Sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+JADDER_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+JADDER_INLINE Vec SubOnFma(Vec a, Vec b, Vec one) { return _mm256_fnmadd_ps(b, one, a); }
+JADDER_INLINE Vec Abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+JADDER_INLINE Vec Max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+JADDER_INLINE float HorizontalSum(Vec a) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(sum) + _mm_cvtss_f32(_mm_movehdup_ps(sum));
+}
+JADDER_INLINE bool AnyNan(Vec a) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0;
+}
+
+// Both instructions return their second operand where one is NaN.
+JADDER_INLINE Vec ClipExact(Vec d, Vec bound) {
+  return _mm256_max_ps(Sub(_mm256_setzero_ps(), bound), _mm256_min_ps(bound, d));
+}
+JADDER_INLINE Vec ClipFinite(Vec d, Vec bound) { return ClipExact(d, bound); }
+
+JADDER_INLINE Vec AddSigned(Vec sum, Vec w, Vec x, Vec g) {  // NaN differences add ±g
+  const Vec sign = _mm256_and_ps(Sub(w, x), _mm256_set1_ps(-0.0f));
+  const Vec differ = _mm256_cmp_ps(w, x, _CMP_NEQ_UQ);
+  // Zero where equal, so that infinite g makes NaN.
+  return Fma(_mm256_and_ps(_mm256_or_ps(sign, _mm256_set1_ps(1)), differ), g, sum);
+}
+
+JADDER_INLINE Vec SignExact(Vec d) {
+  const Vec zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1);
+  const Vec sign = Sub(_mm256_and_ps(_mm256_cmp_ps(d, zero, _CMP_GT_OQ), one),
+                       _mm256_and_ps(_mm256_cmp_ps(d, zero, _CMP_LT_OQ), one));
+  return _mm256_blendv_ps(sign, d, _mm256_cmp_ps(d, d, _CMP_UNORD_Q));
+}
+
+#else
+
+// Four lanes: SSE2 or NEON where the compiler finds them, scalar code elsewhere.
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t Mask __attribute__((vector_size(16)));
+typedef float UnalignedVec __attribute__((vector_size(16), aligned(4), may_alias));
+inline constexpr int kLanes = 4;
+#if defined(__aarch64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
+#endif
+
+JADDER_INLINE Vec Load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+JADDER_INLINE Vec LoadFirst(const float* p, int64_t count) {  // zeros in the lanes after those
+  return Vec{count > 0 ? p[0] : 0, count > 1 ? p[1] : 0, count > 2 ? p[2] : 0,
+             count > 3 ? p[3] : 0};
+}
+JADDER_INLINE void Store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+JADDER_INLINE Vec Broadcast(float v) { return Vec{v, v, v, v}; }
+JADDER_INLINE Vec Sub(Vec a, Vec b) { return a - b; }
+JADDER_INLINE Vec SubOnFma(Vec a, Vec b, Vec) { return a - b; }
+JADDER_INLINE Vec Abs(Vec a) { return (Vec)((Mask)a & INT32_MAX); }
+JADDER_INLINE float HorizontalSum(Vec a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+JADDER_INLINE bool AnyNan(Vec a) {
+  const Mask nan = a != a;
+  return (nan[0] | nan[1] | nan[2] | nan[3]) != 0;
+}
+JADDER_INLINE Vec Select(Mask mask, Vec a, Vec b) {
+  return (Vec)((mask & (Mask)a) | (~mask & (Mask)b));
+}
+#if defined(__aarch64__)
+JADDER_INLINE Vec Fma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f32(c, a, b); }
+#else
+JADDER_INLINE Vec Fma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
+#if defined(__SSE2__)
+JADDER_INLINE Vec Max(Vec a, Vec b) { return _mm_max_ps(a, b); }
+// Both instructions return their second operand where one is NaN.
+JADDER_INLINE Vec ClipExact(Vec d, Vec bound) { return _mm_max_ps(-bound, _mm_min_ps(bound, d)); }
+#elif defined(__aarch64__)
+JADDER_INLINE Vec Max(Vec a, Vec b) { return (Vec)vmaxq_f32(a, b); }
+JADDER_INLINE Vec ClipExact(Vec d, Vec bound) {
+  return (Vec)vmaxq_f32(-bound, vminq_f32(bound, d));
+}
+#else
+JADDER_INLINE Vec Max(Vec a, Vec b) { return Select(a > b, a, b); }
+JADDER_INLINE Vec ClipExact(Vec d, Vec bound) {
+  d = Select(d > bound, bound, d);
+  return Select(d < -bound, -bound, d);
+}
+#endif
+JADDER_INLINE Vec ClipFinite(Vec d, Vec bound) { return ClipExact(d, bound); }
+
+JADDER_INLINE Vec AddSigned(Vec sum, Vec w, Vec x, Vec g) {  // NaN differences add ±g
+  const Mask sign = (Mask)(w - x) & INT32_MIN;
+  // Zero where equal, so that infinite g makes NaN.
+  return Fma((Vec)((sign | (Mask)Broadcast(1)) & (Mask)(w != x)), g, sum);
+}
+
+JADDER_INLINE Vec SignExact(Vec d) {
+  const Vec one = Broadcast(1);
+  const Vec sign = (Vec)((Mask)(d > 0) & (Mask)one) - (Vec)((Mask)(d < 0) & (Mask)one);
+  return Select(d != d, d, sign);
+}
+
+#endif
+
+// `a - b` on whichever unit is due.
+template <bool kOdd>
+JADDER_INLINE Vec Difference(Vec a, Vec b, Vec one) {
+  return kOdd ? SubOnFma(a, b, one) : Sub(a, b);
+}
+
+// The terms: `sum` plus one term, for the broadcast operand `row` and the panel's vector `lane`.
+
+struct AbsTerm {
+  template <bool kOdd>
+  JADDER_INLINE static Vec Add(Vec sum, Vec row, Vec lane, Vec one) {
+    const Vec magnitude = Abs(Difference<kOdd>(lane, row, one));
+    return kOdd ? sum + magnitude : Fma(magnitude, one, sum);
+  }
+};
+
+struct MaxTerm {
+  template <bool>
+  JADDER_INLINE static Vec Add(Vec sum, Vec row, Vec lane, Vec one) {
+    return Fma(Max(lane, row), one, sum);
+  }
+};
+
+// The terms of gradients, with ψ of `lane - target`; the first two need finite operands.
+
+struct ClipTerm {
+  template <bool kOdd>
+  JADDER_INLINE static Vec Add(Vec sum, Vec target, Vec lane, Vec row, Vec one, Vec bound) {
+    return Fma(ClipFinite(Difference<kOdd>(lane, target, one), bound), row, sum);
+  }
+};
+
+struct SignTerm {
+  template <bool>
+  JADDER_INLINE static Vec Add(Vec sum, Vec target, Vec lane, Vec row, Vec, Vec) {
+    return AddSigned(sum, lane, target, row);
+  }
+};
+
+struct ExactClipTerm {
+  template <bool>
+  JADDER_INLINE static Vec Add(Vec sum, Vec target, Vec lane, Vec row, Vec, Vec bound) {
+    return Fma(ClipExact(Sub(lane, target), bound), row, sum);
+  }
+};
+
+struct ExactSignTerm {
+  template <bool>
+  JADDER_INLINE static Vec Add(Vec sum, Vec target, Vec lane, Vec row, Vec, Vec) {
+    return Fma(SignExact(Sub(lane, target)), row, sum);
+  }
+};
+
+}  // namespace jadder::JADDER_ISA
