@@ -17,6 +17,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args(argv)
+    if args.json and not Path(args.json).parent.is_dir():
+        parser.error(f"--json: there is no folder {Path(args.json).parent}")
 
     every = (*MATMULS, *RESNET20_CONVS, *RESNET18_CONVS, *SINGLE_IMAGE_CONVS)
     shapes = [s for s in every if args.only in s.name]

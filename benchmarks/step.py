@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=12, help="rounds to take the minimum of")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args(argv)
+    if args.json and not Path(args.json).parent.is_dir():
+        parser.error(f"--json: there is no folder {Path(args.json).parent}")
 
     forms: dict[str, Family] = {"conv": get_family("conv"), "xla": adder("xla"), "adder": adder()}
     if implementations()["cpu_fast"].available:

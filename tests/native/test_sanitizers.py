@@ -17,10 +17,10 @@ import pytest
 
 NATIVE = Path(__file__).resolve().parent
 SOURCES = NATIVE.parents[1] / "csrc"
-DRIVERS = ("fuzz",)
+DRIVERS = ("fuzz", "integers")
 
 # Cases for each of three callers, and threads of the pool they share.
-SANITIZERS = {"address,undefined": (200, 4), "thread": (40, 8)}
+SANITIZERS = {"address,undefined": (120, 4), "thread": (30, 8)}
 
 # The flags of csrc/*kernels.cc, which are compiled once for each of these. As in CMakeLists.txt.
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"baseline": ()}
