@@ -35,5 +35,5 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """uint8 (N, H, W, C) to float32 (images / 255 - mean) / std; mean and std (C,)."""
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+    """uint8 (N, H, W, C) to (images / 255 - mean) / std in the dtype of mean and std (C,)."""
+    return (images.astype(mean.dtype) / 255.0 - mean) / std

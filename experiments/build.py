@@ -1,6 +1,7 @@
 """The model that a configuration asks for."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 import jax
@@ -15,6 +16,11 @@ from experiments.errors import UserError
 from jadder.implementations import Implementation
 from jadder.models import get_family
 
+TYPES: Mapping[str, Mapping[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": jnp.bfloat16},
+    "float64": {"param_dtype": jnp.float64},
+}
 RULES = {"addernet": jadder.ADDERNET, "adder_vit": jadder.ADDER_VIT, "sign": jadder.SIGN}
 
 
@@ -36,8 +42,11 @@ def build_model(config: TrainConfig, family: str, dataset: Dataset) -> nnx.Modul
     """The network of one family, for the data set's images and classes.
 
     Raises:
-        UserError: the network cannot take such images, or there is no such implementation.
+        UserError: the network cannot take such images, there is no such implementation, or the
+            dtype is not to be had.
     """
+    if config.dtype == "float64" and jnp.result_type(float) != jnp.float64:
+        raise UserError("--dtype float64 needs the environment variable JAX_ENABLE_X64=1")
     layers = get_family(family)
     if family == "adder" and config.rule != "default":
         layers = dataclasses.replace(layers, rule=RULES[config.rule])
@@ -59,6 +68,7 @@ def build_model(config: TrainConfig, family: str, dataset: Dataset) -> nnx.Modul
             image_size=(height, width),
             channels=channels,
             rngs=nnx.Rngs(config.seed),
+            **TYPES[config.dtype],
         )
         _check_logits(model, (config.batch_size, height, width, channels), dataset.num_classes)
     except (TypeError, ValueError) as error:

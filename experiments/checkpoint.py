@@ -16,12 +16,16 @@ from experiments.errors import UserError
 
 Fingerprint = dict[str, Any]
 
+LATER: Fingerprint = {"dtype": "float32"}
+"""What earlier versions, whose fingerprints do not say so, did."""
+
 
 class Checkpoints:
     """The two newest checkpoints of one run.
 
     A checkpoint appears under its final name when it is complete, so a process killed while it
-    saves leaves the one before.
+    saves leaves the one before. Several processes make, save and restore them together, in a
+    folder that all of them see.
 
     Args:
         folder: where the checkpoints lie, each in a folder named after its step.
@@ -59,7 +63,8 @@ class Checkpoints:
         """The newest checkpoint's state and progress, None where there is none.
 
         Args:
-            state: a tree with the shapes, dtypes and places of the arrays to read.
+            state: a tree with the shapes, dtypes and shardings of the arrays to read. They may
+                have been saved from other devices.
 
         Raises:
             UserError: the checkpoint is of another model or another configuration, or damaged.
@@ -113,6 +118,7 @@ def _no_late_complaints() -> Iterator[None]:
 
 def check_fingerprint(saved: Fingerprint, current: Fingerprint, where: Path) -> None:
     """Raises UserError, naming the first difference, unless both are the same run's."""
+    saved = LATER | saved
     for key in {**current, **saved}:
         old, new = saved.get(key), current.get(key)
         if old != new:

@@ -12,10 +12,12 @@ from experiments.errors import UserError
 FAMILIES = ("adder", "conv", "euclid")
 OPTIMIZERS = ("auto", "sgd", "adamw")
 RULES = ("default", "addernet", "adder_vit", "sign")
+DTYPES = ("float32", "bfloat16", "float64")
 
-# Options that say where a run lies and how it is watched. A run can be resumed with other values
-# of these, of no others.
-PLACES = ("family", "data_dir", "out_dir", "name", "resume", "checkpoint_every")
+# Options that say where a run lies, where it is computed and how it is watched. A run can be
+# resumed with other values of these, of no others.
+PLACES = ("family", "data_dir", "out_dir", "name", "resume", "checkpoint_every", "devices",
+          "distributed", "coordinator_address", "num_processes", "process_id")  # fmt: skip
 
 
 def _option(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -50,6 +52,13 @@ class TrainConfig:
         "model",
         "how adder products are computed: xla, reference, ...; default: the best",
     )
+    dtype: str = _option(
+        "float32",
+        "model",
+        "what layers compute in. With bfloat16, parameters, statistics and sums stay float32; "
+        "float64 is that of everything and needs JAX_ENABLE_X64=1",
+        choices=DTYPES,
+    )
 
     dataset: str = _option(
         "digits",
@@ -76,7 +85,7 @@ class TrainConfig:
     )
 
     epochs: int = _option(20, "training", "passes over the training images")
-    batch_size: int = _option(128, "training", "images in one step", metavar="N")
+    batch_size: int = _option(128, "training", "images in one step, of all devices", metavar="N")
     optimizer: str = _option(
         "auto",
         "training",
@@ -105,6 +114,24 @@ class TrainConfig:
     )
     seed: int = _option(0, "training", "two runs with one seed give the same numbers")
 
+    devices: int | None = _option(
+        None,
+        "devices",
+        "devices that each process uses; default: all it has. They share each batch evenly",
+        metavar="N",
+    )
+    distributed: bool = _option(
+        False,
+        "devices",
+        "train with several processes, one on each host, that find each other as the TPU pod, "
+        "Slurm or Open MPI says. Elsewhere, give the three options below to each process",
+    )
+    coordinator_address: str | None = _option(
+        None, "devices", "where process 0 listens for the others", metavar="HOST:PORT"
+    )
+    num_processes: int | None = _option(None, "devices", "number of processes", metavar="N")
+    process_id: int | None = _option(None, "devices", "which of them this is, from 0", metavar="ID")
+
     out_dir: str = _option("runs", "output", "folder that takes the runs' folders", metavar="DIR")
     name: str | None = _option(
         None, "output", "name of the run's folder; default: DATASET-MODEL-FAMILY-sSEED"
@@ -116,14 +143,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in ("epochs", "batch_size", "image_size", "limit_train", "learning_rate", "eta",
-                      "checkpoint_every"):  # fmt: skip
+                      "checkpoint_every", "devices", "num_processes"):  # fmt: skip
             self._check_number(field, positive=True)
-        for field in ("weight_decay", "warmup_epochs", "momentum", "seed"):
+        for field in ("weight_decay", "warmup_epochs", "momentum", "seed", "process_id"):
             self._check_number(field, positive=False)
         if self.momentum >= 1:
             raise UserError(f"--momentum must be below 1, got {self.momentum}")
         if self.seed >= 2**32:
             raise UserError(f"--seed must be below 2**32, got {self.seed}")
+        address, count, index = self.coordinator_address, self.num_processes, self.process_id
+        if address is not None and not re.fullmatch(r"\S+:\d+", address):
+            raise UserError(f"--coordinator-address must be HOST:PORT, got {address!r}")
+        if count is not None and index is not None and index >= count:
+            raise UserError(f"--process-id must be below --num-processes {count}, got {index}")
         if not self.family or len(set(self.family)) != len(self.family):
             raise UserError(f"--family must name each family once, got {' '.join(self.family)!r}")
         if self.name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
@@ -136,6 +168,12 @@ class TrainConfig:
         if not math.isfinite(value) or value < 0 or (positive and value == 0):
             least = "positive" if positive else "zero or more"
             raise UserError(f"{flag(field)} must be {least}, got {value}")
+
+    @property
+    def many_processes(self) -> bool:
+        """Whether this is one of several processes, or may be."""
+        options = (self.coordinator_address, self.num_processes, self.process_id)
+        return self.distributed or any(option is not None for option in options)
 
     def run_name(self, family: str) -> str:
         """The folder of the run of one family."""

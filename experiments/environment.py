@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> dict[str, Any]:
-    """The processor, the cores this process may use, and the devices that JAX sees."""
+def hardware(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """The processor, the cores this process may use, and the devices of the run."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -34,7 +35,8 @@ def hardware() -> dict[str, Any]:
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": cores,
-        "devices": [device.device_kind for device in jax.devices()],
+        "devices": [device.device_kind for device in devices],
+        "processes": jax.process_count(),
         "platform": jax.default_backend(),
     }
 
@@ -43,7 +45,7 @@ def peak_memory() -> dict[str, int]:
     """The most memory this process has held so far, in bytes, on the host and on the device."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peaks = {"peak_rss_bytes": rss if sys.platform == "darwin" else rss * 1024}
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         peaks["peak_device_bytes"] = stats["peak_bytes_in_use"]
     return peaks

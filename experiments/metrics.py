@@ -18,16 +18,20 @@ class MetricsFile:
         path: the file; made where it is missing.
         epochs: rows of later epochs, and a last line that was not written whole, are dropped:
             a run that goes on from a checkpoint writes them again.
+        write: False leaves the file as it is and keeps the rows in memory only.
     """
 
-    def __init__(self, path: Path, epochs: int = 0):
-        self.path = path
+    def __init__(self, path: Path, epochs: int = 0, *, write: bool = True):
+        self.path, self.write = path, write
         self.rows = [row for row in read_rows(path) if row["epoch"] <= epochs]
-        write_bytes(path, b"".join(_line(row) for row in self.rows))
+        if write:
+            write_bytes(path, b"".join(_line(row) for row in self.rows))
 
     def append(self, row: Row) -> None:
         """Adds a row and sees it written to the disk."""
         self.rows.append(row)
+        if not self.write:
+            return
         with self.path.open("ab") as file:
             file.write(_line(row))
             file.flush()

@@ -14,9 +14,11 @@ class Progress:
         name: the run's name.
         total: images in the whole run.
         done: images of it that earlier processes trained on.
+        silent: whether nothing is shown.
     """
 
-    def __init__(self, name: str, total: int, done: int = 0):
+    def __init__(self, name: str, total: int, done: int = 0, *, silent: bool = False):
+        self._silent = silent
         self._bar = tqdm(
             desc=name,
             total=total,
@@ -26,6 +28,7 @@ class Progress:
             mininterval=0.2 if sys.stderr.isatty() else 60,
             maxinterval=60,
             dynamic_ncols=True,
+            disable=silent,
         )
 
     def __enter__(self) -> "Progress":
@@ -41,4 +44,5 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        if not self._silent:
+            self._bar.write(text, file=sys.stderr)

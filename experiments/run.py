@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, optimizer, steps
+from experiments import build, devices, optimizer, steps
 from experiments.checkpoint import Checkpoints, check_fingerprint, checksum, describe
 from experiments.config import TrainConfig
 from experiments.curves import draw
@@ -21,10 +21,12 @@ from experiments.errors import UserError
 from experiments.files import read_json, write_json
 from experiments.interrupt import Interrupted, StopRequest
 from experiments.metrics import MetricsFile, Row
+from experiments.processes import Votes, is_first, make_shared
 from experiments.progress import Progress
 from jadder.nn import adder_mask
 
 Result = dict[str, Any]
+Order = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def check_folders(config: TrainConfig) -> None:
@@ -50,7 +52,9 @@ def check_folders(config: TrainConfig) -> None:
 
 
 class Run:
-    """The training of one family's network.
+    """The training of one family's network, on all devices and in all processes.
+
+    The first process writes the folder's files; all of them write its checkpoints.
 
     Args:
         config: the configuration, whose model is a name (not "auto").
@@ -60,7 +64,7 @@ class Run:
 
     Raises:
         UserError: the folder holds a run of another configuration, or the configuration does
-            not suit the data.
+            not suit the data or the devices.
     """
 
     def __init__(self, config: TrainConfig, family: str, dataset: Dataset, command: str):
@@ -72,6 +76,8 @@ class Run:
             raise UserError(
                 f"--batch-size {config.batch_size} is more than the {images} training images"
             )
+        self.devices = devices.choose(config)
+        self.dtype = jnp.dtype("float64" if config.dtype == "float64" else "float32")
         self.steps_per_epoch = images // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
         self.recipe = optimizer.choose(config)
@@ -83,12 +89,15 @@ class Run:
         )
         model = build.build_model(config, family, dataset)
         tx = optimizer.make(config, self.recipe, self.schedule, adder_mask(model))
-        self.graphdef, self.state = steps.initial_state(model, tx)
+        self.graphdef, state = steps.initial_state(model, tx, self.dtype)
+        self.state = self.devices.replicate(state)
         self.train_step = steps.make_train_step(
-            self.graphdef, tx, dataset,
-            batch_size=config.batch_size, seed=config.seed, augment=config.augment,
+            self.graphdef, tx, dataset, self.devices,
+            dtype=self.dtype, seed=config.seed, augment=config.augment,
         )  # fmt: skip
-        self.eval_step = steps.make_eval_step(self.graphdef, dataset, batch_size=config.batch_size)
+        self.eval_step = steps.make_eval_step(
+            self.graphdef, dataset, self.devices, dtype=self.dtype
+        )
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state["params"]))
         self.fingerprint = {
             "family": family,
@@ -114,16 +123,17 @@ class Run:
             Interrupted: `stop` was requested; the state has been saved.
             UserError: the checkpoint is not this run's, or the loss is no longer finite.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_shared(self.folder)
         with Checkpoints(self.folder / "checkpoints", self.fingerprint) as checkpoints:
             restored = checkpoints.restore(self.state)
             progress: dict[str, Any] = {"epochs": 0, "seconds": 0.0}
             if restored is not None:
                 self.state, progress = restored
-            elif not (self.folder / "config.json").is_file():
+            elif is_first() and not (self.folder / "config.json").is_file():
                 record = {"run": self.fingerprint, "command": self.command, "versions": versions()}
                 write_json(self.folder / "config.json", record)
-            metrics = MetricsFile(self.folder / "metrics.jsonl", progress["epochs"])
+            path = self.folder / "metrics.jsonl"
+            metrics = MetricsFile(path, progress["epochs"], write=is_first())
             self._loop(checkpoints, metrics, stop, progress["seconds"])
         return self._finish(metrics.rows)
 
@@ -131,48 +141,49 @@ class Run:
         self, checkpoints: Checkpoints, metrics: MetricsFile, stop: StopRequest, before: float
     ) -> None:
         config, dataset = self.config, self.dataset
-        clock = _Clock(before)
+        clock, votes = _Clock(before), Votes()
         step = int(self.state["step"])
         total, done = config.epochs * self.images_per_epoch, step * config.batch_size
-        images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-        test = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
 
         def save() -> None:
             progress = {"epochs": len(metrics.rows), "seconds": clock.seconds()}
             checkpoints.save(step, self.state, progress)
             clock.saved()
 
-        def stop_if_asked() -> None:
-            if stop.signum is not None:
+        def stop_if_asked(*, may_save: bool = False) -> None:
+            due = may_save and clock.seconds_since_save() > config.checkpoint_every
+            signum, due = votes(stop.signum, due)
+            if signum is not None or due:
                 save()
-                raise Interrupted(f"{self.name} stopped after {step} of {self.total_steps} steps",
-                                  stop.signum)  # fmt: skip
+            if signum is not None:
+                raise Interrupted(
+                    f"{self.name} stopped after {step} of {self.total_steps} steps", signum
+                )
 
-        with Progress(self.name, total, done) as bar:
+        with Progress(self.name, total, done, silent=not is_first()) as bar:
             for epoch in range(len(metrics.rows), config.epochs):
-                order = jnp.asarray(epoch_order(config.seed, epoch, len(images)))
+                order = epoch_order(config.seed, epoch, len(dataset.train_images))
                 clock.start_epoch()
                 first = step
                 while step < (epoch + 1) * self.steps_per_epoch:
-                    self.state, sums = self.train_step(self.state, images, labels, order)
+                    batch = self._batch(order, step - epoch * self.steps_per_epoch)
+                    self.state, sums = self.train_step(self.state, *batch)
                     step += 1
                     if clock.fetch_due():
                         loss, accuracy = means(sums)
                         clock.fetched()
                         bar.show(step * config.batch_size, loss, accuracy)
-                    stop_if_asked()
-                    if clock.seconds_since_save() > config.checkpoint_every:
-                        save()
+                    stop_if_asked(may_save=True)
                 train = means(self.state["sums"])
                 rate = (step - first) * config.batch_size / clock.epoch_seconds()
                 bar.show(step * config.batch_size, *train)
                 self._check_finite(train[0], step)
-                tested = self._evaluate(*test, stop_if_asked)
+                tested = self._evaluate(stop_if_asked)
                 row = self._row(epoch + 1, step, train, tested, clock.seconds(), rate)
                 metrics.append(row)
-                self.state["sums"] = steps.zero_sums()
+                self.state["sums"] = self._zero_sums()
                 save()
-                if clock.draw_due():
+                if is_first() and clock.draw_due():
                     draw(self.folder / "curves.png", self.name, {self.family: metrics.rows})
                 bar.line(describe_row(self.name, config.epochs, row))
 
@@ -180,12 +191,24 @@ class Run:
     def images_per_epoch(self) -> int:
         return self.steps_per_epoch * self.config.batch_size
 
-    def _evaluate(self, images: jax.Array, labels: jax.Array, stop_if_asked: Any) -> Any:
-        sums = steps.zero_sums()
+    def _batch(self, order: Order, number: int) -> tuple[jax.Array, jax.Array]:
+        """The images and labels of one step of an epoch."""
+        index = order[number * self.config.batch_size :][: self.config.batch_size]
+        images, labels = self.dataset.train_images, self.dataset.train_labels
+        return self.devices.rows(images, index), self.devices.rows(labels, index)
+
+    def _zero_sums(self) -> Any:
+        return self.devices.replicate(steps.zero_sums(self.dtype))
+
+    def _evaluate(self, stop_if_asked: Any) -> Any:
+        images, labels = self.dataset.test_images, self.dataset.test_labels
+        rows, sums = self.devices.rows, self._zero_sums()
         for start in range(0, len(images), self.config.batch_size):
-            sums = self.eval_step(
-                self.state["params"], self.state["model"], images, labels, start, sums
-            )
+            # The last batch is filled up with an image that does not count.
+            place = start + np.arange(self.config.batch_size)
+            index, counts = np.minimum(place, len(images) - 1), place < len(images)
+            batch = rows(images, index), rows(labels, index), rows(counts, place - start)
+            sums = self.eval_step(self.state["params"], self.state["model"], *batch, sums)
             stop_if_asked()
         return means(sums)
 
@@ -214,7 +237,6 @@ class Run:
     def _finish(self, rows: list[Row]) -> Result:
         best = max(rows, key=lambda row: row["test_accuracy"])
         times = [0.0, *(row["seconds"] for row in rows)]
-        draw(self.folder / "curves.png", self.name, {self.family: rows})
         result = {
             "name": self.name,
             "run": self.fingerprint,
@@ -233,13 +255,15 @@ class Run:
             "command": self.command,
             "note": self.dataset.note,
             "versions": versions(),
-            "hardware": hardware(),
+            "hardware": hardware(self.devices.mesh.devices.tolist()),
         }
-        write_json(self.folder / "result.json", result)
+        if is_first():
+            draw(self.folder / "curves.png", self.name, {self.family: rows})
+            write_json(self.folder / "result.json", result)
         return result
 
 
-def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+def epoch_order(seed: int, epoch: int, images: int) -> Order:
     """The order in which an epoch (from 0) goes through the images; the same in every process."""
     return np.random.default_rng((seed, epoch)).permutation(images).astype(np.int32)
 

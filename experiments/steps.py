@@ -1,4 +1,8 @@
-"""The jitted training and evaluation steps, on a data set that lies on the device."""
+"""The jitted training and evaluation steps, on batches that the devices share.
+
+The programs are those of one device; XLA partitions them by the shardings of their arguments, so
+that the mean of a batch, in the loss and in batch normalisation, is that of the whole batch.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from experiments.augment import normalize, random_crop, random_flip
 from experiments.data import Dataset
+from experiments.devices import Devices
 
 State = dict[str, Any]
 """A run's whole state, a tree of arrays:
@@ -21,8 +27,8 @@ sums: loss, correct and count over the images of the epoch so far.
 """
 
 
-def zero_sums() -> dict[str, jax.Array]:
-    return {"loss": jnp.zeros(()), "correct": jnp.zeros((), jnp.int32),
+def zero_sums(dtype: DTypeLike) -> dict[str, jax.Array]:
+    return {"loss": jnp.zeros((), dtype), "correct": jnp.zeros((), jnp.int32),
             "count": jnp.zeros((), jnp.int32)}  # fmt: skip
 
 
@@ -34,7 +40,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Any, Any]:
 
 
 def initial_state(
-    model: nnx.Module, tx: optax.GradientTransformation
+    model: nnx.Module, tx: optax.GradientTransformation, dtype: DTypeLike
 ) -> tuple[nnx.GraphDef[Any], State]:
     """Splits a model into what is traced and the state that a run starts from."""
     graphdef, params, rest = split(model)
@@ -43,16 +49,17 @@ def initial_state(
         "model": rest,
         "optimizer": tx.init(params),
         "step": jnp.zeros((), jnp.int32),
-        "sums": zero_sums(),
+        "sums": zero_sums(dtype),
     }
 
 
 def _add(sums: Any, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
+    correct = (jnp.argmax(logits, -1) == labels) & mask
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return {
         "loss": sums["loss"] + jnp.sum(jnp.where(mask, losses, 0)),
-        "correct": sums["correct"] + jnp.sum((jnp.argmax(logits, -1) == labels) & mask),
-        "count": sums["count"] + jnp.sum(mask),
+        "correct": sums["correct"] + jnp.sum(correct, dtype=jnp.int32),
+        "count": sums["count"] + jnp.sum(mask, dtype=jnp.int32),
     }
 
 
@@ -60,34 +67,30 @@ def make_train_step(
     graphdef: nnx.GraphDef[Any],
     tx: optax.GradientTransformation,
     dataset: Dataset,
+    devices: Devices,
     *,
-    batch_size: int,
+    dtype: DTypeLike,
     seed: int,
     augment: bool,
 ) -> Callable[..., tuple[State, Any]]:
-    """The jitted step (state, images, labels, order) -> (state, sums).
+    """The jitted step (state, x, y) -> (state, sums).
 
-    `order` (N,) is the epoch's permutation of the images; the step takes its batch from there.
+    `x` and `y` are the images and labels of a batch, sharded; state and sums are replicated.
     Whatever is random in a step comes from `seed` and the step's number, so a run that was
-    interrupted goes on with the same numbers. The state's buffers are donated.
+    interrupted goes on with the same numbers, on any devices. The state's buffers are donated.
+    `dtype` is that of the images that the model takes, and of the loss.
     """
-    mean, std = (jnp.asarray(m, jnp.float32) for m in (dataset.mean, dataset.std))
-    steps_per_epoch = len(dataset.train_images) // batch_size
+    mean, std = (jnp.asarray(m, dtype) for m in (dataset.mean, dataset.std))
 
     def loss_fn(params: Any, rest: Any, x: jax.Array, labels: jax.Array) -> Any:
         model = nnx.merge(graphdef, params, rest)
         model.train()
-        logits = model(x).astype(jnp.float32)
+        logits = model(x).astype(dtype)
         _, _, rest = split(model)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (logits, rest)
 
-    def step(
-        state: State, images: jax.Array, labels: jax.Array, order: jax.Array
-    ) -> tuple[State, Any]:
-        start = state["step"] % steps_per_epoch * batch_size
-        index = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-        x, y = images[index], labels[index]
+    def step(state: State, x: jax.Array, y: jax.Array) -> tuple[State, Any]:
         if augment:
             key = jax.random.fold_in(jax.random.key(seed), state["step"])
             crop_key, flip_key = jax.random.split(key)
@@ -97,7 +100,7 @@ def make_train_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (_, (logits, rest)), grads = grad_fn(state["params"], state["model"], x, y)
         updates, optimizer = tx.update(grads, state["optimizer"], state["params"])
-        sums = _add(state["sums"], logits, y, jnp.ones(batch_size, bool))
+        sums = _add(state["sums"], logits, y, jnp.ones(len(y), bool))
         state = {
             "params": optax.apply_updates(state["params"], updates),
             "model": rest,
@@ -107,27 +110,34 @@ def make_train_step(
         }
         return state, sums
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(devices.replicated, devices.sharded, devices.sharded),
+        out_shardings=devices.replicated,
+    )
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef[Any], dataset: Dataset, *, batch_size: int
+    graphdef: nnx.GraphDef[Any], dataset: Dataset, devices: Devices, *, dtype: DTypeLike
 ) -> Callable[..., Any]:
-    """The jitted step (params, rest, images, labels, start, sums) -> sums.
+    """The jitted step (params, rest, images, labels, mask, sums) -> sums.
 
-    It takes the images from `start` on; places beyond the last image count for nothing.
+    `images` and `labels` are a batch, sharded as `mask` is, which says which of them count.
     """
-    mean, std = (jnp.asarray(m, jnp.float32) for m in (dataset.mean, dataset.std))
+    mean, std = (jnp.asarray(m, dtype) for m in (dataset.mean, dataset.std))
 
     def step(
-        params: Any, rest: Any, images: jax.Array, labels: jax.Array, start: jax.Array, sums: Any
+        params: Any, rest: Any, images: jax.Array, labels: jax.Array, mask: jax.Array, sums: Any
     ) -> Any:
-        index = start + jnp.arange(batch_size)
-        mask = index < len(images)
-        index = jnp.minimum(index, len(images) - 1)
         model = nnx.merge(graphdef, params, rest)
         model.eval()
-        logits = model(normalize(images[index], mean, std)).astype(jnp.float32)
-        return _add(sums, logits, labels[index], mask)
+        logits = model(normalize(images, mean, std)).astype(dtype)
+        return _add(sums, logits, labels, mask)
 
-    return jax.jit(step)
+    replicated, sharded = devices.replicated, devices.sharded
+    return jax.jit(
+        step,
+        in_shardings=(replicated, replicated, sharded, sharded, sharded, replicated),
+        out_shardings=replicated,
+    )

@@ -13,7 +13,7 @@ from experiments.config import TrainConfig, parse
 from experiments.errors import UserError
 
 if TYPE_CHECKING:
-    from experiments.run import Result
+    from experiments.run import Result, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,35 +48,54 @@ def check_extras(config: TrainConfig) -> None:
 
 def train_all(config: TrainConfig, argv: Sequence[str]) -> int:
     """Trains each family in turn and prints what came out."""
-    from experiments import build, run
-    from experiments.data import load
+    from experiments import processes, run
     from experiments.interrupt import Interrupted, StopRequest
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's and tfds' own progress reports
+    command = shlex.join(["python", "-m", "experiments.train", *argv])
+    processes.connect(config)
+    with processes.together():
+        config, runs = prepare(config, command)
+        finished = {family: one.finished() for family, one in runs.items()}
+    ended = [family for family, result in finished.items() if result is not None]
+    fingerprints = [one.fingerprint for one in runs.values()]
+    processes.check_same("the options, data or finished runs", (fingerprints, ended))
+    first = processes.is_first()
+    results = {}
+    try:
+        with StopRequest() as stop:
+            for family, one in runs.items():
+                result = finished[family]
+                if result is not None and first:
+                    accuracy = f"test accuracy {result['test_accuracy']:.2%}"
+                    print(f"{one.folder} is finished already: {accuracy}", file=sys.stderr)
+                results[family] = result or one.train(stop)
+    except Interrupted as stopped:
+        again = command if config.resume else f"{command} --resume"
+        if first:
+            print(f"{stopped} and saved; go on with:\n{again}", file=sys.stderr)
+        return run.exit_status(stopped.signum)
+    if first:
+        report(config, results)
+    return 0
+
+
+def prepare(config: TrainConfig, command: str) -> "tuple[TrainConfig, dict[str, Run]]":
+    """The configuration with its model, and each family's run, before the first one trains.
+
+    Raises:
+        UserError: what cannot be done, all of it found out now.
+    """
+    from experiments import build, run
+    from experiments.data import load
+
     dataset = load(
         config.dataset, config.data_dir, image_size=config.image_size,
         limit_train=config.limit_train,
     )  # fmt: skip
     config = dataclasses.replace(config, model=build.choose_model(config.model, dataset))
     run.check_folders(config)
-    command = shlex.join(["python", "-m", "experiments.train", *argv])
-    # Every configuration is checked before the first one trains.
-    runs = {family: run.Run(config, family, dataset, command) for family in config.family}
-    results = {}
-    try:
-        with StopRequest() as stop:
-            for family, one in runs.items():
-                result = one.finished()
-                if result is not None:
-                    accuracy = f"test accuracy {result['test_accuracy']:.2%}"
-                    print(f"{one.folder} is finished already: {accuracy}", file=sys.stderr)
-                results[family] = result or one.train(stop)
-    except Interrupted as stopped:
-        again = command if config.resume else f"{command} --resume"
-        print(f"{stopped} and saved; go on with:\n{again}", file=sys.stderr)
-        return run.exit_status(stopped.signum)
-    report(config, results)
-    return 0
+    return config, {f: run.Run(config, f, dataset, command) for f in config.family}
 
 
 def report(config: TrainConfig, results: "dict[str, Result]") -> None:

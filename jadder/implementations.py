@@ -1,8 +1,9 @@
 """The implementations of the adder products: which there are, and which one a call gets."""
 
+import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 
@@ -11,7 +12,7 @@ from jadder.kernels.by_platform import ByPlatform
 from jadder.kernels.interface import Kernels
 from jadder.kernels.spec import ConvSpec
 
-Implementation = Literal["xla", "cpu", "cpu_fast", "reference"]
+Implementation = Literal["xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "reference"]
 
 _KERNELS: Mapping[str, Kernels] = MappingProxyType(
     {
@@ -21,6 +22,7 @@ _KERNELS: Mapping[str, Kernels] = MappingProxyType(
         "reference": reference,
     }
 )
+_MOSAIC = {"mosaic_gpu": "MosaicGpuKernels", "mosaic_tpu": "MosaicTpuKernels"}
 _BEST = ByPlatform(cpu=_KERNELS["cpu"], default=xla)
 
 
@@ -45,9 +47,12 @@ def implementations() -> dict[str, Availability]:
         code = f"native code for the CPU ({cpu.instruction_set()}), float32 and bytes"
         native = Availability(True, code)
         fast = Availability(True, f"{code}; forward products a third quicker, less exact")
+    gpu, tpu = (_mosaic(name).unavailable() for name in ("mosaic_gpu", "mosaic_tpu"))
     return {
         "cpu": native,
         "cpu_fast": fast,
+        "mosaic_gpu": Availability(gpu is None, gpu or "experimental: Pallas for Hopper or newer"),
+        "mosaic_tpu": Availability(tpu is None, tpu or "experimental: Pallas for TPU"),
         "reference": Availability(True, "the literal definition, for small tests"),
         "xla": Availability(True, "loops that XLA compiles, on any platform"),
     }
@@ -71,16 +76,27 @@ def select(
     Raises:
       ValueError: an implementation that there is not, or that cannot do it.
     """
-    if implementation is not None and implementation not in _KERNELS:
+    if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(
             f"{name}: implementation must be None or one of {sorted(get_args(Implementation))}, "
             f"got {implementation!r}"
         )
     if implementation in ("xla", "reference"):
         return _KERNELS[implementation]
-    refusal = cpu.unavailable() or cpu.unsupported(dtype, spec, out_dtype)
+    if implementation in _MOSAIC:
+        module = _mosaic(implementation)
+        refusal = module.unsupported(dtype, spec, out_dtype)
+        kernels = getattr(module, _MOSAIC[implementation])()
+    else:
+        refusal = cpu.unavailable() or cpu.unsupported(dtype, spec, out_dtype)
+        kernels = _BEST if implementation is None else _KERNELS[implementation]
+    if refusal is None:
+        return kernels
     if implementation is None:
-        return _BEST if refusal is None else xla
-    if refusal is not None:
-        raise ValueError(f"{name}: implementation={implementation!r} cannot be used: {refusal}")
-    return _KERNELS[implementation]
+        return xla
+    raise ValueError(f"{name}: implementation={implementation!r} cannot be used: {refusal}")
+
+
+def _mosaic(name: str) -> Any:
+    """A module of Pallas kernels; not imported before, as Pallas takes a tenth of a second."""
+    return importlib.import_module(f"jadder.kernels.{name}")

@@ -38,8 +38,8 @@ BLOCK_ROWS = 256  # patches cut out at a time for a bounded kernel gradient
 def matmul(x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
     """y[b, m, n] = -Σ_k |x[b, m, k] - w[b, k, n]|."""
     steps, chunk = _chunks(x.shape[2])
-    x = _pad_to(x, 2, steps * chunk)
-    w = jnp.swapaxes(_pad_to(w, 1, steps * chunk), 0, 1)[:, :, None]
+    x = pad_to(x, 2, steps * chunk)
+    w = jnp.swapaxes(pad_to(w, 1, steps * chunk), 0, 1)[:, :, None]
 
     def load(i: Array | int) -> tuple[Array, Array]:
         rows = lax.dynamic_slice_in_dim(x, i * chunk, chunk, 2)
@@ -63,8 +63,8 @@ def matmul_dx(
     if clip.is_linear:
         return linear.matmul_dx(x, w, g, clip, out_dtype=out_dtype, precision=precision)
     steps, chunk = _chunks(w.shape[2])
-    g = _pad_to(g, 2, steps * chunk)
-    w = jnp.moveaxis(_pad_to(w, 2, steps * chunk), 2, 0)[:, :, None]
+    g = pad_to(g, 2, steps * chunk)
+    w = jnp.moveaxis(pad_to(w, 2, steps * chunk), 2, 0)[:, :, None]
     x = x.astype(out_dtype)
 
     def load(i: Array | int) -> tuple[Array, Array]:
@@ -89,7 +89,7 @@ def matmul_dw(
     if clip.is_linear:
         return linear.matmul_dw(x, w, g, clip, out_dtype=out_dtype, precision=precision)
     steps, chunk = _chunks(x.shape[1])
-    x, g = _pad_to(x, 1, steps * chunk), _pad_to(g, 1, steps * chunk)
+    x, g = pad_to(x, 1, steps * chunk), pad_to(g, 1, steps * chunk)
     w = w.astype(out_dtype)
 
     def load(i: Array | int) -> tuple[Array, Array]:
@@ -104,10 +104,10 @@ def matmul_dw(
 def conv(x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
     """y[b, o, f] = -Σ_{tap, c} |x[b, position(o, tap), c] - w[tap, c, f]|, zeros taking part."""
     window, groups = w.shape[:-2], spec.feature_group_count
-    x, w = _split_groups(x, groups), _by_tap(w, groups)
+    x, w = split_groups(x, groups), by_tap(w, groups)
     magnitude = jnp.sum(jnp.abs(w.astype(out_dtype)), axis=1)
 
-    def phase_sum(source: Array, phase: _Targets) -> Array:
+    def phase_sum(source: Array, phase: Targets) -> Array:
         y = zeros_like_operands((x.shape[0], *phase.counts, *w.shape[2:]), out_dtype, x, w)
         absent = [tap for tap in range(len(w)) if tap not in phase.taps]
         if absent:  # these taps meet only the zeros that input dilation inserts: |0 - w|
@@ -115,7 +115,7 @@ def conv(x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
         return _sum_taps(y, source, w, phase, lambda row, lane: -jnp.abs(row - lane))
 
     dimensions = forward_phases(spec, x.shape[1:-2], window)
-    return _merge_groups(_each_phase(x, dimensions, window, phase_sum))
+    return merge_groups(each_phase(x, dimensions, window, phase_sum))
 
 
 def conv_dx(
@@ -132,18 +132,18 @@ def conv_dx(
     if clip.is_linear:
         return linear.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
     window, groups = w.shape[:-2], spec.feature_group_count
-    x, g = _split_groups(x, groups), _split_groups(g, groups)
-    w = jnp.swapaxes(_by_tap(w, groups), 1, 3)
+    x, g = split_groups(x, groups), split_groups(g, groups)
+    w = jnp.swapaxes(by_tap(w, groups), 1, 3)
     dimensions = transpose_phases(spec, x.shape[1:-2], window)
     periods = [dimension.period for dimension in dimensions]
 
-    def phase_sum(source: Array, phase: _Targets) -> Array:
+    def phase_sum(source: Array, phase: Targets) -> Array:
         every = (slice(r, None, p) for r, p in zip(phase.residues, periods, strict=True))
         target = x[(slice(None), *every)].astype(out_dtype)
         dx = zeros_like_operands(target.shape, out_dtype, x, w, g)
         return _sum_taps(dx, source, w, phase, lambda row, lane: clip(lane - target) * row)
 
-    return _merge_groups(_each_phase(g, dimensions, window, phase_sum))
+    return merge_groups(each_phase(g, dimensions, window, phase_sum))
 
 
 def conv_dw(
@@ -166,18 +166,18 @@ def conv_dw(
     batch, first, *rest = g.shape[:-1]
     block = max(1, min(first, BLOCK_ROWS // max(1, math.prod(rest))))
     blocks = -(-first // block)
-    filters = jnp.moveaxis(_by_tap(w, groups), 2, 0).reshape(groups, -1, w.shape[-1] // groups)
+    filters = jnp.moveaxis(by_tap(w, groups), 2, 0).reshape(groups, -1, w.shape[-1] // groups)
 
     stride, dilation = spec.window_strides[0], spec.rhs_dilation[0]
-    g = _pad_to(g, 1, blocks * block)
-    x = _pad_to(_dilate(x, spec), 1, (blocks * block - 1) * stride + (window[0] - 1) * dilation + 1)
+    g = pad_to(g, 1, blocks * block)
+    x = pad_to(_dilate(x, spec), 1, (blocks * block - 1) * stride + (window[0] - 1) * dilation + 1)
     seen = (block - 1) * stride + (window[0] - 1) * dilation + 1
 
     def add_block(i: Array, dw: Array) -> Array:
         image, row = i // blocks, i % blocks * block
         x_block = _cut(x, image, row * stride, seen)
-        g_block = _split_groups(_cut(g, image, row, block), groups)
-        patches = _patches(_split_groups(x_block, groups), (block, *rest), window, spec)
+        g_block = split_groups(_cut(g, image, row, block), groups)
+        patches = _patches(split_groups(x_block, groups), (block, *rest), window, spec)
         g_rows = jnp.moveaxis(g_block.reshape(-1, *g_block.shape[-2:]), 1, 0)
         return dw + matmul_dw(patches, filters, g_rows, clip, out_dtype=out_dtype)
 
@@ -186,7 +186,7 @@ def conv_dw(
     return jnp.moveaxis(dw, 0, 1).reshape(w.shape)
 
 
-class _Targets(NamedTuple):
+class Targets(NamedTuple):
     """One residue class of targets in each dimension, and the taps that all of them meet."""
 
     residues: tuple[int, ...]
@@ -217,7 +217,7 @@ def _sum_taps(
     total: Array,
     source: Array,
     w: Array,
-    phase: _Targets,
+    phase: Targets,
     term: Callable[[Array, Array], Array],
 ) -> Array:
     """Adds the terms of every tap of ``phase``.
@@ -228,7 +228,7 @@ def _sum_taps(
         return total
     steps, chunk = _chunks(source.shape[-1], turns=len(phase.taps))
     at_once = _taps_at_once(len(phase.taps), source.shape[-1]) if steps == 1 else 1
-    source, w = _pad_to(source, source.ndim - 1, steps * chunk), _pad_to(w, 1, steps * chunk)
+    source, w = pad_to(source, source.ndim - 1, steps * chunk), pad_to(w, 1, steps * chunk)
     turns = len(phase.taps) // at_once
     taps = jnp.array(phase.taps, jnp.int32).reshape(turns, at_once)
     starts = jnp.array(phase.starts, jnp.int32).reshape(turns, at_once, len(phase.counts))
@@ -273,11 +273,11 @@ def _taps_at_once(taps: int, channels: int) -> int:
     return max(fits, default=1)
 
 
-def _each_phase(
+def each_phase(
     source: Array,
     dimensions: Sequence[Phases],
     window: Sequence[int],
-    phase_sum: Callable[[Array, _Targets], Array],
+    phase_sum: Callable[[Array, Targets], Array],
 ) -> Array:
     """``phase_sum`` of every combination of residue classes, interleaved into one array."""
     pads = [reach(d, n) for d, n in zip(dimensions, source.shape[1:-2], strict=True)]
@@ -285,18 +285,18 @@ def _each_phase(
     if any(low or high for low, high in pads):
         source = lax.pad(source, jnp.zeros((), source.dtype), padding)
     sums = [
-        phase_sum(source, _targets(phases, dimensions, window, [low for low, _ in pads]))
+        phase_sum(source, residue_targets(phases, dimensions, window, [low for low, _ in pads]))
         for phases in itertools.product(*(d.phases for d in dimensions))
     ]
-    return _interleave(sums, dimensions)
+    return interleave(sums, dimensions)
 
 
-def _targets(
+def residue_targets(
     phases: Sequence[Phase],
     dimensions: Sequence[Phases],
     window: Sequence[int],
     lows: Sequence[int],
-) -> _Targets:
+) -> Targets:
     """Joins one residue class of each dimension; starts count from the padded source's edge."""
     taps, starts = [], []
     for combination in itertools.product(*(phase.taps for phase in phases)):
@@ -305,7 +305,7 @@ def _targets(
             flat = flat * size + tap
         taps.append(flat)
         starts.append(tuple(s + low for (_, s), low in zip(combination, lows, strict=True)))
-    return _Targets(
+    return Targets(
         residues=tuple(phase.residue for phase in phases),
         counts=tuple(phase.size for phase in phases),
         steps=tuple(dimension.step for dimension in dimensions),
@@ -314,7 +314,7 @@ def _targets(
     )
 
 
-def _interleave(sums: Sequence[Array], dimensions: Sequence[Phases]) -> Array:
+def interleave(sums: Sequence[Array], dimensions: Sequence[Phases]) -> Array:
     """The inverse of taking every period-th value, from each residue on, in each dimension."""
     classes = [len(dimension.phases) for dimension in dimensions]
     if len(sums) == 1:
@@ -322,7 +322,7 @@ def _interleave(sums: Sequence[Array], dimensions: Sequence[Phases]) -> Array:
     targets = [sum(phase.size for phase in dimension.phases) for dimension in dimensions]
     for axis, dimension in enumerate(dimensions, start=1):
         longest = dimension.phases[0].size
-        sums = [_pad_to(part, axis, longest) for part in sums]
+        sums = [pad_to(part, axis, longest) for part in sums]
     spatial = len(dimensions)
     stacked = jnp.stack(sums).reshape(*classes, *sums[0].shape)
     order = [spatial]
@@ -364,20 +364,20 @@ def _cut(array: Array, image: Array, row: Array, rows: int) -> Array:
     return lax.dynamic_slice_in_dim(one, row, rows)
 
 
-def _by_tap(w: Array, groups: int) -> Array:
+def by_tap(w: Array, groups: int) -> Array:
     """A kernel (*window, C, F) as (taps, C, groups, F / groups)."""
     return w.reshape(-1, w.shape[-2], groups, w.shape[-1] // groups)
 
 
-def _split_groups(array: Array, groups: int) -> Array:
+def split_groups(array: Array, groups: int) -> Array:
     return array.reshape(*array.shape[:-1], groups, array.shape[-1] // groups)
 
 
-def _merge_groups(array: Array) -> Array:
+def merge_groups(array: Array) -> Array:
     return array.reshape(*array.shape[:-2], array.shape[-2] * array.shape[-1])
 
 
-def _pad_to(array: Array, axis: int, size: int) -> Array:
+def pad_to(array: Array, axis: int, size: int) -> Array:
     """``array`` with zeros after its end along ``axis``, up to ``size``."""
     missing = size - array.shape[axis]
     if missing <= 0:
