@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "integers.h"
@@ -18,6 +19,7 @@ namespace {
 namespace ffi = xla::ffi;
 using Sizes = ffi::Span<const int64_t>;
 using FloatResult = ffi::Result<ffi::Buffer<ffi::F32>>;
+using AnyResult = ffi::Result<ffi::AnyBuffer>;
 using IntegerResult = ffi::Result<ffi::Buffer<ffi::S32>>;
 
 class XlaPool final : public Pool {
@@ -100,44 +102,42 @@ class Mapping {
   std::vector<int64_t> outer_;
 };
 
-// Calls f with a value of the element type, for the types that the products take.
-template <typename F>
-ffi::Error ForFloats(ffi::DataType dtype, F f) {
-  try {
-    if (dtype == ffi::F32) {
-      f(float{});
-      return ffi::Error::Success();
-    }
-    if (dtype == ffi::BF16) {
-      f(bfloat16{});
-      return ffi::Error::Success();
-    }
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jadder: out of memory");
-  }
-  return Invalid("jadder: operands must be float32 or bfloat16");
+template <typename T>
+inline constexpr ffi::DataType kDataType = ffi::F32;
+template <>
+inline constexpr ffi::DataType kDataType<bfloat16> = ffi::BF16;
+template <>
+inline constexpr ffi::DataType kDataType<uint8_t> = ffi::U8;
+template <>
+inline constexpr ffi::DataType kDataType<int8_t> = ffi::S8;
+
+template <typename T, typename F>
+bool CallIf(ffi::DataType dtype, F& f) {
+  if (dtype != kDataType<T>) return false;
+  f(T{});
+  return true;
 }
 
-template <typename F>
-ffi::Error ForBytes(ffi::DataType dtype, F f) {
+// Calls f with a value of the element type, which is one of Ts.
+template <typename... Ts, typename F>
+ffi::Error ForType(ffi::DataType dtype, F f) {
   try {
-    if (dtype == ffi::U8) {
-      f(uint8_t{});
-      return ffi::Error::Success();
-    }
-    if (dtype == ffi::S8) {
-      f(int8_t{});
-      return ffi::Error::Success();
-    }
+    if ((CallIf<Ts>(dtype, f) || ...)) return ffi::Error::Success();
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jadder: out of memory");
   }
-  return Invalid("jadder: operands must be uint8 or int8");
+  return Invalid("jadder: the product does not take operands of this type");
 }
 
 template <typename T>
 const T* Data(const ffi::AnyBuffer& buffer) {
   return static_cast<const T*>(buffer.untyped_data());
+}
+
+// Of a buffer that holds the same type as another pointer points to.
+template <typename T>
+const T* DataLike(const T*, const ffi::AnyBuffer& buffer) {
+  return Data<T>(buffer);
 }
 
 struct Matmuls {
@@ -167,68 +167,78 @@ struct Matmuls {
   }
 
   // One matmul of more rows, where all share w.
-  bool MergeRows() {
-    if (!shared_w) return false;
+  int64_t MergeRows() {
+    if (!shared_w) return mapping.Count();
     shape.batch = CheckedProduct(shape.batch, mapping.Count());
-    return true;
+    return 1;
   }
 };
+
+// Calls product(shape, x, w, g, i) for each result i, whose operands have one of the types Ts. The
+// results of operands that share w are one, if `merge`.
+template <typename... Ts, typename F>
+ffi::Error ForMatmuls(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer* g,
+                      bool merge, F product) {
+  bool valid = true;
+  const ffi::Error error = ForType<Ts...>(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Matmuls all;
+    if (!(valid = all.Read(x, w, g))) return;
+    const int64_t count = merge ? all.MergeRows() : all.mapping.Count();
+    for (int64_t i = 0; i < count; ++i) {
+      product(all.shape, Data<T>(x) + all.mapping.Offset(0, i),
+              Data<T>(w) + all.mapping.Offset(1, i),
+              g == nullptr ? nullptr : Data<T>(*g) + all.mapping.Offset(2, i), i);
+    }
+  });
+  return valid ? error : Invalid("jadder: matmul operands do not match");
+}
 
 ffi::Error MatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, FloatResult y,
                       bool fast) {
   XlaPool pool(threads);
-  bool valid = true;
-  const ffi::Error error = ForFloats(x.element_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Matmuls all;
-    if (!(valid = all.Read(x, w, nullptr))) return;
-    const int64_t count = all.MergeRows() ? 1 : all.mapping.Count();
-    const int64_t size = all.shape.batch * all.shape.rows * all.shape.columns;
-    for (int64_t i = 0; i < count; ++i) {
-      Matmul<T>(SelectKernels(), pool, all.shape, fast ? Product::kMax : Product::kAbs,
-                Data<T>(x) + all.mapping.Offset(0, i), Data<T>(w) + all.mapping.Offset(1, i),
-                y->typed_data() + i * size);
-    }
-  });
-  return valid ? error : Invalid("jadder: matmul operands do not match");
+  return ForMatmuls<float, bfloat16>(
+      x, w, nullptr, true, [&](const MatmulShape& s, auto* x, auto* w, auto*, int64_t i) {
+        Matmul(SelectKernels(), pool, s, fast ? Product::kMax : Product::kAbs, x, w,
+               y->typed_data() + i * s.batch * s.rows * s.columns);
+      });
 }
 
 ffi::Error MatmulDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                         ffi::AnyBuffer g, FloatResult dx, double scale, double bound) {
   XlaPool pool(threads);
-  bool valid = true;
-  const ffi::Error error = ForFloats(x.element_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Matmuls all;
-    if (!(valid = all.Read(x, w, &g))) return;
-    const int64_t count = all.MergeRows() ? 1 : all.mapping.Count();
-    const int64_t size = all.shape.batch * all.shape.rows * all.shape.depth;
-    for (int64_t i = 0; i < count; ++i) {
-      MatmulDx<T>(SelectKernels(), pool, all.shape, Form::Gradient(scale, bound),
-                  Data<T>(x) + all.mapping.Offset(0, i), Data<T>(w) + all.mapping.Offset(1, i),
-                  Data<T>(g) + all.mapping.Offset(2, i), dx->typed_data() + i * size);
-    }
-  });
-  return valid ? error : Invalid("jadder: matmul operands do not match");
+  return ForMatmuls<float, bfloat16>(
+      x, w, &g, true, [&](const MatmulShape& s, auto* x, auto* w, auto* g, int64_t i) {
+        MatmulDx(SelectKernels(), pool, s, Form::Gradient(scale, bound), x, w, g,
+                 dx->typed_data() + i * s.batch * s.rows * s.depth);
+      });
 }
 
 ffi::Error MatmulDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                         ffi::AnyBuffer g, FloatResult dw, double scale, double bound) {
   XlaPool pool(threads);
-  bool valid = true;
-  const ffi::Error error = ForFloats(x.element_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Matmuls all;
-    if (!(valid = all.Read(x, w, &g))) return;
-    const int64_t size = all.shape.batch * all.shape.depth * all.shape.columns;
-    for (int64_t i = 0; i < all.mapping.Count(); ++i) {
-      MatmulDw<T>(SelectKernels(), pool, all.shape, scale, bound,
-                  Data<T>(x) + all.mapping.Offset(0, i), Data<T>(w) + all.mapping.Offset(1, i),
-                  Data<T>(g) + all.mapping.Offset(2, i), dw->typed_data() + i * size);
-    }
-  });
-  return valid ? error : Invalid("jadder: matmul operands do not match");
+  return ForMatmuls<float, bfloat16>(
+      x, w, &g, false, [&](const MatmulShape& s, auto* x, auto* w, auto* g, int64_t i) {
+        MatmulDw(SelectKernels(), pool, s, scale, bound, x, w, g,
+                 dw->typed_data() + i * s.batch * s.depth * s.columns);
+      });
 }
+
+ffi::Error IntegerMatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                             IntegerResult y) {
+  XlaPool pool(threads);
+  return ForMatmuls<uint8_t, int8_t>(
+      x, w, nullptr, true, [&](const MatmulShape& s, auto* x, auto* w, auto*, int64_t i) {
+        IntegerMatmul(SelectIntegerKernels(), pool, s, x, w,
+                      y->typed_data() + i * s.batch * s.rows * s.columns);
+      });
+}
+
+// The attributes of a convolution's window.
+struct WindowAttributes {
+  Sizes strides, padding, lhs_dilation, rhs_dilation;
+  int64_t groups;
+};
 
 struct Convs {
   ConvShape shape;
@@ -236,32 +246,34 @@ struct Convs {
   bool shared_w;
 
   bool Read(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& y,
-            Sizes strides, Sizes padding, Sizes lhs_dilation, Sizes rhs_dilation,
-            int64_t groups) {
+            const WindowAttributes& given) {
     std::vector<Mapped> operands = {Mapped(x.dimensions(), 4), Mapped(w.dimensions(), 4),
                                     Mapped(y.dimensions(), 4)};
     for (const Mapped& operand : operands) {
       if (operand.inner.size() != 4) return false;
     }
     const auto &a = operands[0].inner, &b = operands[1].inner, &c = operands[2].inner;
-    if (strides.size() != 2 || padding.size() != 4 || lhs_dilation.size() != 2 ||
-        rhs_dilation.size() != 2 || groups < 1 || a[3] != b[2] * groups || b[3] % groups != 0 ||
-        c[0] != a[0] || c[3] != b[3] || x.element_type() != w.element_type()) {
+    if (given.strides.size() != 2 || given.padding.size() != 4 || given.lhs_dilation.size() != 2 ||
+        given.rhs_dilation.size() != 2 || given.groups < 1 || a[3] % given.groups != 0 ||
+        a[3] / given.groups != b[2] || b[3] % given.groups != 0 || c[0] != a[0] || c[3] != b[3] ||
+        x.element_type() != w.element_type()) {
       return false;
     }
     shape.batch = a[0];
     shape.channels = a[3];
     shape.filters = b[3];
-    shape.groups = groups;
+    shape.groups = given.groups;
     for (int d = 0; d < 2; ++d) {
       shape.in[d] = a[1 + d];
       shape.window[d] = b[d];
       shape.out[d] = c[1 + d];
-      shape.stride[d] = strides[d];
-      shape.low_padding[d] = padding[2 * d];
-      shape.lhs_dilation[d] = lhs_dilation[d];
-      shape.rhs_dilation[d] = rhs_dilation[d];
-      if (strides[d] < 1 || lhs_dilation[d] < 1 || rhs_dilation[d] < 1) return false;
+      shape.stride[d] = given.strides[d];
+      shape.low_padding[d] = given.padding[2 * d];
+      shape.lhs_dilation[d] = given.lhs_dilation[d];
+      shape.rhs_dilation[d] = given.rhs_dilation[d];
+      if (shape.stride[d] < 1 || shape.lhs_dilation[d] < 1 || shape.rhs_dilation[d] < 1) {
+        return false;
+      }
     }
     shared_w = operands[1].Shared() && operands[0].outer == operands[2].outer;
     return Mapping::Make(std::move(operands), mapping);
@@ -275,25 +287,36 @@ struct Convs {
   }
 };
 
-ffi::Error ConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                    ffi::Result<ffi::AnyBuffer> y, Sizes strides, Sizes padding,
-                    Sizes lhs_dilation, Sizes rhs_dilation, int64_t groups, bool fast) {
-  XlaPool pool(threads);
-  bool valid = y->element_type() == ffi::F32;
-  const ffi::Error error = ForFloats(x.element_type(), [&](auto zero) {
+// Calls product(shape, x, w, y_offset, i) for each result i, whose operands have one of the types
+// Ts; y is the output or its gradient. The results of images that share w are one, if `merge`.
+template <typename... Ts, typename F>
+ffi::Error ForConvs(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& y,
+                    ffi::DataType y_type, const WindowAttributes& window, bool merge, F product) {
+  bool valid = y.element_type() == y_type;
+  const ffi::Error error = ForType<Ts...>(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
     Convs all;
-    valid = valid &&
-            all.Read(x, w, *y, strides, padding, lhs_dilation, rhs_dilation, groups);
+    valid = valid && all.Read(x, w, y, window);
     if (!valid) return;
-    const int64_t count = all.MergeImages();
+    const int64_t count = merge ? all.MergeImages() : all.mapping.Count();
     for (int64_t i = 0; i < count; ++i) {
-      Conv<T>(SelectKernels(), pool, all.shape, fast ? Product::kMax : Product::kAbs,
-              Data<T>(x) + all.mapping.Offset(0, i), Data<T>(w) + all.mapping.Offset(1, i),
-              static_cast<float*>(y->untyped_data()) + all.mapping.Offset(2, i));
+      product(all.shape, Data<T>(x) + all.mapping.Offset(0, i),
+              Data<T>(w) + all.mapping.Offset(1, i), all.mapping.Offset(2, i), i);
     }
   });
   return valid ? error : Invalid("jadder: convolution operands do not match");
+}
+
+ffi::Error ConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, AnyResult y,
+                    Sizes strides, Sizes padding, Sizes lhs_dilation, Sizes rhs_dilation,
+                    int64_t groups, bool fast) {
+  XlaPool pool(threads);
+  return ForConvs<float, bfloat16>(
+      x, w, *y, ffi::F32, {strides, padding, lhs_dilation, rhs_dilation, groups}, true,
+      [&](const ConvShape& s, auto* x, auto* w, int64_t offset, int64_t) {
+        Conv(SelectKernels(), pool, s, fast ? Product::kMax : Product::kAbs, x, w,
+             static_cast<float*>(y->untyped_data()) + offset);
+      });
 }
 
 ffi::Error ConvDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
@@ -301,22 +324,12 @@ ffi::Error ConvDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
                       Sizes lhs_dilation, Sizes rhs_dilation, int64_t groups, double scale,
                       double bound) {
   XlaPool pool(threads);
-  bool valid = g.element_type() == x.element_type();
-  const ffi::Error error = ForFloats(x.element_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Convs all;
-    valid = valid && all.Read(x, w, g, strides, padding, lhs_dilation, rhs_dilation, groups);
-    if (!valid) return;
-    const int64_t count = all.MergeImages();
-    const int64_t size =
-        all.shape.batch * all.shape.in[0] * all.shape.in[1] * all.shape.channels;
-    for (int64_t i = 0; i < count; ++i) {
-      ConvDx<T>(SelectKernels(), pool, all.shape, Form::Gradient(scale, bound),
-                Data<T>(x) + all.mapping.Offset(0, i), Data<T>(w) + all.mapping.Offset(1, i),
-                Data<T>(g) + all.mapping.Offset(2, i), dx->typed_data() + i * size);
-    }
-  });
-  return valid ? error : Invalid("jadder: convolution operands do not match");
+  return ForConvs<float, bfloat16>(
+      x, w, g, x.element_type(), {strides, padding, lhs_dilation, rhs_dilation, groups}, true,
+      [&](const ConvShape& s, auto* x, auto* w, int64_t offset, int64_t i) {
+        ConvDx(SelectKernels(), pool, s, Form::Gradient(scale, bound), x, w,
+               DataLike(x, g) + offset, dx->typed_data() + i * s.batch * s.in[0] * s.in[1] * s.channels);
+      });
 }
 
 ffi::Error ConvDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
@@ -324,66 +337,46 @@ ffi::Error ConvDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
                       Sizes lhs_dilation, Sizes rhs_dilation, int64_t groups, double scale,
                       double bound) {
   XlaPool pool(threads);
-  bool valid = g.element_type() == x.element_type();
-  const ffi::Error error = ForFloats(x.element_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Convs all;
-    valid = valid && all.Read(x, w, g, strides, padding, lhs_dilation, rhs_dilation, groups);
-    if (!valid) return;
-    const int64_t size = all.shape.window[0] * all.shape.window[1] *
-                         (all.shape.channels / all.shape.groups) * all.shape.filters;
-    for (int64_t i = 0; i < all.mapping.Count(); ++i) {
-      ConvDw<T>(SelectKernels(), pool, all.shape, scale, bound,
-                Data<T>(x) + all.mapping.Offset(0, i), Data<T>(w) + all.mapping.Offset(1, i),
-                Data<T>(g) + all.mapping.Offset(2, i), dw->typed_data() + i * size);
-    }
-  });
-  return valid ? error : Invalid("jadder: convolution operands do not match");
-}
-
-ffi::Error IntegerMatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                             IntegerResult y) {
-  XlaPool pool(threads);
-  bool valid = true;
-  const ffi::Error error = ForBytes(x.element_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Matmuls all;
-    if (!(valid = all.Read(x, w, nullptr))) return;
-    const int64_t count = all.MergeRows() ? 1 : all.mapping.Count();
-    const int64_t size = all.shape.batch * all.shape.rows * all.shape.columns;
-    for (int64_t i = 0; i < count; ++i) {
-      IntegerMatmul<T>(SelectIntegerKernels(), pool, all.shape,
-                       Data<T>(x) + all.mapping.Offset(0, i),
-                       Data<T>(w) + all.mapping.Offset(1, i), y->typed_data() + i * size);
-    }
-  });
-  return valid ? error : Invalid("jadder: matmul operands do not match");
+  return ForConvs<float, bfloat16>(
+      x, w, g, x.element_type(), {strides, padding, lhs_dilation, rhs_dilation, groups}, false,
+      [&](const ConvShape& s, auto* x, auto* w, int64_t offset, int64_t i) {
+        const int64_t size = s.window[0] * s.window[1] * (s.channels / s.groups) * s.filters;
+        ConvDw(SelectKernels(), pool, s, scale, bound, x, w, DataLike(x, g) + offset,
+               dw->typed_data() + i * size);
+      });
 }
 
 ffi::Error IntegerConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                           ffi::Result<ffi::AnyBuffer> y, Sizes strides, Sizes padding,
-                           Sizes lhs_dilation, Sizes rhs_dilation, int64_t groups) {
+                           AnyResult y, Sizes strides, Sizes padding, Sizes lhs_dilation,
+                           Sizes rhs_dilation, int64_t groups) {
   XlaPool pool(threads);
-  bool valid = y->element_type() == ffi::S32;
-  const ffi::Error error = ForBytes(x.element_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Convs all;
-    valid = valid &&
-            all.Read(x, w, *y, strides, padding, lhs_dilation, rhs_dilation, groups);
-    if (!valid) return;
-    const int64_t count = all.MergeImages();
-    for (int64_t i = 0; i < count; ++i) {
-      IntegerConv<T>(SelectIntegerKernels(), pool, all.shape,
-                     Data<T>(x) + all.mapping.Offset(0, i),
-                     Data<T>(w) + all.mapping.Offset(1, i),
-                     static_cast<int32_t*>(y->untyped_data()) + all.mapping.Offset(2, i));
-    }
-  });
-  return valid ? error : Invalid("jadder: convolution operands do not match");
+  return ForConvs<uint8_t, int8_t>(
+      x, w, *y, ffi::S32, {strides, padding, lhs_dilation, rhs_dilation, groups}, true,
+      [&](const ConvShape& s, auto* x, auto* w, int64_t offset, int64_t) {
+        IntegerConv(SelectIntegerKernels(), pool, s, x, w,
+                    static_cast<int32_t*>(y->untyped_data()) + offset);
+      });
 }
 
 auto Bind() {
   return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>();
+}
+
+auto BindGradient() { return Bind().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>(); }
+
+template <typename Binding>
+auto WithWindow(Binding binding) {
+  return std::move(binding)
+      .template Attr<Sizes>("strides")
+      .template Attr<Sizes>("padding")
+      .template Attr<Sizes>("lhs_dilation")
+      .template Attr<Sizes>("rhs_dilation")
+      .template Attr<int64_t>("groups");
+}
+
+template <typename Binding>
+auto WithClip(Binding binding) {
+  return std::move(binding).template Attr<double>("scale").template Attr<double>("bound");
 }
 
 }  // namespace
@@ -391,70 +384,31 @@ auto Bind() {
 
 #pragma GCC visibility push(default)
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul, jadder::MatmulImpl,
-                              jadder::Bind()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<bool>("fast"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jadder_matmul, jadder::MatmulImpl,
+    jadder::Bind().Ret<xla::ffi::Buffer<xla::ffi::F32>>().Attr<bool>("fast"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dx, jadder::MatmulDxImpl,
-                              jadder::Bind()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<double>("scale")
-                                  .Attr<double>("bound"));
+                              jadder::WithClip(jadder::BindGradient()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dw, jadder::MatmulDwImpl,
-                              jadder::Bind()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<double>("scale")
-                                  .Attr<double>("bound"));
+                              jadder::WithClip(jadder::BindGradient()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv, jadder::ConvImpl,
-                              jadder::Bind()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<jadder::Sizes>("strides")
-                                  .Attr<jadder::Sizes>("padding")
-                                  .Attr<jadder::Sizes>("lhs_dilation")
-                                  .Attr<jadder::Sizes>("rhs_dilation")
-                                  .Attr<int64_t>("groups")
-                                  .Attr<bool>("fast"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jadder_conv, jadder::ConvImpl,
+    jadder::WithWindow(jadder::Bind().Ret<xla::ffi::AnyBuffer>()).Attr<bool>("fast"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dx, jadder::ConvDxImpl,
-                              jadder::Bind()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<jadder::Sizes>("strides")
-                                  .Attr<jadder::Sizes>("padding")
-                                  .Attr<jadder::Sizes>("lhs_dilation")
-                                  .Attr<jadder::Sizes>("rhs_dilation")
-                                  .Attr<int64_t>("groups")
-                                  .Attr<double>("scale")
-                                  .Attr<double>("bound"));
+                              jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dw, jadder::ConvDwImpl,
-                              jadder::Bind()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<jadder::Sizes>("strides")
-                                  .Attr<jadder::Sizes>("padding")
-                                  .Attr<jadder::Sizes>("lhs_dilation")
-                                  .Attr<jadder::Sizes>("rhs_dilation")
-                                  .Attr<int64_t>("groups")
-                                  .Attr<double>("scale")
-                                  .Attr<double>("bound"));
+                              jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_matmul, jadder::IntegerMatmulImpl,
                               jadder::Bind().Ret<xla::ffi::Buffer<xla::ffi::S32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_conv, jadder::IntegerConvImpl,
-                              jadder::Bind()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<jadder::Sizes>("strides")
-                                  .Attr<jadder::Sizes>("padding")
-                                  .Attr<jadder::Sizes>("lhs_dilation")
-                                  .Attr<jadder::Sizes>("rhs_dilation")
-                                  .Attr<int64_t>("groups"));
+                              jadder::WithWindow(jadder::Bind().Ret<xla::ffi::AnyBuffer>()));
 
 // The instruction set in use.
 extern "C" const char* jadder_isa() { return jadder::SelectKernels().name; }
