@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,23 +42,16 @@ def build_model(config: TrainConfig, family: str, dataset: Dataset) -> nnx.Modul
     """The network of one family, for the data set's images and classes.
 
     Raises:
-        UserError: the network cannot take such images, there is no such implementation, or the
-            dtype is not to be had.
+        UserError: the network cannot take such images or options, or the dtype is not to be had.
     """
     if config.dtype == "float64" and jnp.result_type(float) != jnp.float64:
         raise UserError("--dtype float64 needs the environment variable JAX_ENABLE_X64=1")
     layers = get_family(family)
     if family == "adder" and config.rule != "default":
         layers = dataclasses.replace(layers, rule=RULES[config.rule])
-    if config.implementation is not None:
-        known = get_args(Implementation)
-        if config.implementation not in known:
-            raise UserError(
-                f"--implementation: {config.implementation!r} is not one of {', '.join(known)}"
-            )
-        if family == "adder":
-            implementation = cast(Implementation, config.implementation)
-            layers = dataclasses.replace(layers, implementation=implementation)
+    if family == "adder" and config.implementation is not None:
+        implementation = cast(Implementation, config.implementation)
+        layers = dataclasses.replace(layers, implementation=implementation)
     height, width, channels = dataset.train_images.shape[1:]
     try:
         model = jadder.models.create(
@@ -68,7 +61,7 @@ def build_model(config: TrainConfig, family: str, dataset: Dataset) -> nnx.Modul
             image_size=(height, width),
             channels=channels,
             rngs=nnx.Rngs(config.seed),
-            **TYPES[config.dtype],
+            **{**TYPES[config.dtype], **config.model_arguments()},
         )
         _check_logits(model, (config.batch_size, height, width, channels), dataset.num_classes)
     except (TypeError, ValueError) as error:

@@ -16,7 +16,12 @@ from experiments.errors import UserError
 
 Fingerprint = dict[str, Any]
 
-LATER: Fingerprint = {"dtype": "float32"}
+LATER: Fingerprint = {
+    "dtype": "float32",
+    "model_options": {},
+    "adaptive_scaling": "auto",
+    "adder_rate": 10.0,
+}
 """What earlier versions, whose fingerprints do not say so, did."""
 
 

@@ -1,6 +1,7 @@
 """What a training run can be told, as a dataclass and as command-line options."""
 
 import argparse
+import ast
 import dataclasses
 import math
 import re
@@ -12,7 +13,11 @@ from experiments.errors import UserError
 FAMILIES = ("adder", "conv", "euclid")
 OPTIMIZERS = ("auto", "sgd", "adamw")
 RULES = ("default", "addernet", "adder_vit", "sign")
+# Those of jadder.implementations, which takes a second to import.
+IMPLEMENTATIONS = ("xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "reference")
 DTYPES = ("float32", "bfloat16", "float64")
+AUGMENTATIONS = ("standard", "none")
+SCALINGS = ("auto", "on", "off")
 
 # Options that say where a run lies, where it is computed and how it is watched. A run can be
 # resumed with other values of these, of no others.
@@ -50,7 +55,14 @@ class TrainConfig:
     implementation: str | None = _option(
         None,
         "model",
-        "how adder products are computed: xla, reference, ...; default: the best",
+        "how adder products are computed; default: the best for the platform",
+        choices=IMPLEMENTATIONS,
+    )
+    model_options: tuple[str, ...] = _option(
+        (),
+        "model",
+        "further arguments of the model's constructor, such as norm=batch depth=2",
+        metavar="NAME=VALUE",
     )
     dtype: str = _option(
         "float32",
@@ -80,8 +92,11 @@ class TrainConfig:
         metavar="PIXELS",
     )
     limit_train: int | None = _option(None, "data", "train on the first N images only", metavar="N")
-    augment: bool = _option(
-        True, "data", "shift and mirror training images at random, where that suits the data set"
+    augment: str = _option(
+        "standard",
+        "data",
+        "'standard' shifts and mirrors training images at random, where that suits the data set",
+        choices=AUGMENTATIONS,
     )
 
     epochs: int = _option(20, "training", "passes over the training images")
@@ -109,8 +124,19 @@ class TrainConfig:
     weight_decay: float | None = _option(
         None, "training", "default: 0.0005 for sgd, 0.05 for adamw", metavar="DECAY"
     )
-    eta: float = _option(
-        0.2, "training", "size of the adder layers' steps: AdderNet's adaptive scaling (sgd only)"
+    adaptive_scaling: str = _option(
+        "auto",
+        "training",
+        "AdderNet's adaptive scaling of adder kernels' gradients; 'auto' is on for sgd and off for "
+        "adamw, whose steps do not depend on the gradient's scale",
+        choices=SCALINGS,
+    )
+    eta: float = _option(0.2, "training", "adaptive scaling: size of the adder layers' steps")
+    adder_rate: float = _option(
+        10.0,
+        "training",
+        "adamw: how many times the learning rate adder kernels take",
+        metavar="FACTOR",
     )
     seed: int = _option(0, "training", "two runs with one seed give the same numbers")
 
@@ -143,7 +169,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in ("epochs", "batch_size", "image_size", "limit_train", "learning_rate", "eta",
-                      "checkpoint_every", "devices", "num_processes"):  # fmt: skip
+                      "adder_rate", "checkpoint_every", "devices", "num_processes"):  # fmt: skip
             self._check_number(field, positive=True)
         for field in ("weight_decay", "warmup_epochs", "momentum", "seed", "process_id"):
             self._check_number(field, positive=False)
@@ -160,6 +186,7 @@ class TrainConfig:
             raise UserError(f"--family must name each family once, got {' '.join(self.family)!r}")
         if self.name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             raise UserError(f"--name must be a plain folder name, got {self.name!r}")
+        self.model_arguments()
 
     def _check_number(self, field: str, *, positive: bool) -> None:
         value = getattr(self, field)
@@ -192,8 +219,30 @@ class TrainConfig:
 
     def science(self) -> dict[str, Any]:
         """The fields that decide a run's numbers."""
-        fields = dataclasses.asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["model_options"] = self.model_arguments()
         return {name: value for name, value in fields.items() if name not in PLACES}
+
+    def model_arguments(self) -> dict[str, Any]:
+        """`model_options` as keyword arguments: numbers, True, False, None, else strings.
+
+        Raises:
+            UserError: one that is not of the form NAME=VALUE, or given twice.
+
+        Example:
+            >>> TrainConfig(model_options=("norm=batch", "depth=2")).model_arguments()
+            {'norm': 'batch', 'depth': 2}
+        """
+        arguments: dict[str, Any] = {}
+        for option in self.model_options:
+            name, equals, text = option.partition("=")
+            if not (name.isidentifier() and equals) or name in arguments:
+                raise UserError(f"--model-options must be NAME=VALUE, each once, got {option!r}")
+            try:
+                arguments[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                arguments[name] = text
+        return arguments
 
 
 def flag(field: str) -> str:
@@ -201,14 +250,16 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and exit."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `python -m experiments.train`, one for each field of TrainConfig."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m experiments.train",
         description="Train networks that add instead of multiply, beside their multiplying twins. "
         "Without options: an AdderNet and its twin on small handwritten digits, in about a minute.",
@@ -235,12 +286,12 @@ def _add_option(group: Any, field: dataclasses.Field[Any], meta: dict[str, Any])
         group.add_argument(flag(field.name), action=action, default=field.default, **meta)
         return
     default: Any = field.default
-    if field.name == "family":
-        meta["nargs"] = "+"
+    if isinstance(default, tuple):
+        meta["nargs"] = "+" if default else "*"
         default = " ".join(default)
     types = {"int": int, "float": float}
     kind = next((kind for name, kind in types.items() if name in str(field.type)), str)
-    if field.default is not None:
+    if field.default not in (None, ()):
         meta["help"] += f" (default: {default})"
     group.add_argument(flag(field.name), type=kind, default=field.default, **meta)
 
@@ -252,4 +303,6 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         UserError: an option is unknown or its value is not one it can take.
     """
     values = vars(make_parser().parse_args(argv))
-    return TrainConfig(**{**values, "family": tuple(values["family"])})
+    for name, value in values.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return TrainConfig(**values)

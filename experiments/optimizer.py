@@ -49,6 +49,10 @@ def make(
     config: TrainConfig, recipe: Recipe, schedule: optax.Schedule, mask: Any
 ) -> optax.GradientTransformation:
     """The transformation of the recipe; `mask` tells adder kernels from other parameters."""
+    adaptive = config.adaptive_scaling
+    if recipe.optimizer == "sgd" and adaptive == "off":
+        decay = optax.add_decayed_weights(recipe.weight_decay)
+        return optax.chain(decay, optax.sgd(schedule, config.momentum))
     if recipe.optimizer == "sgd":
         return jadder.optim.adder_sgd(
             schedule,
@@ -57,4 +61,12 @@ def make(
             eta=config.eta,
             mask=mask,
         )
-    return jadder.optim.adder_adamw(schedule, weight_decay=recipe.weight_decay, mask=mask)
+    tx = jadder.optim.adder_adamw(
+        schedule,
+        weight_decay=recipe.weight_decay,
+        adder_learning_rate_multiplier=config.adder_rate,
+        mask=mask,
+    )
+    if adaptive == "on":
+        return optax.chain(jadder.optim.scale_by_adder(config.eta, mask=mask), tx)
+    return tx

@@ -51,6 +51,17 @@ def check_folders(config: TrainConfig) -> None:
         raise UserError(f"nothing to resume: there is no run in {' or '.join(map(str, folders))}")
 
 
+class Diverged(UserError):
+    """A run whose loss is not finite."""
+
+    def __init__(self, name: str, loss: float, step: int):
+        super().__init__(
+            f"the training loss of {name} is {loss} at step {step}: a lower --learning-rate may "
+            "help",
+            status=1,
+        )
+
+
 class Run:
     """The training of one family's network, on all devices and in all processes.
 
@@ -121,7 +132,8 @@ class Run:
 
         Raises:
             Interrupted: `stop` was requested; the state has been saved.
-            UserError: the checkpoint is not this run's, or the loss is no longer finite.
+            Diverged: the loss of an epoch is not finite.
+            UserError: the checkpoint is not this run's.
         """
         make_shared(self.folder)
         with Checkpoints(self.folder / "checkpoints", self.fingerprint) as checkpoints:
@@ -214,10 +226,7 @@ class Run:
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not np.isfinite(loss):
-            raise UserError(
-                f"the training loss of {self.name} is {loss} at step {step}: a lower "
-                "--learning-rate may help", status=1,
-            )  # fmt: skip
+            raise Diverged(self.name, loss, step)
 
     def _row(
         self, epoch: int, step: int, train: Any, tested: Any, seconds: float, rate: float

@@ -71,7 +71,7 @@ def make_train_step(
     *,
     dtype: DTypeLike,
     seed: int,
-    augment: bool,
+    augment: str,
 ) -> Callable[..., tuple[State, Any]]:
     """The jitted step (state, x, y) -> (state, sums).
 
@@ -91,7 +91,7 @@ def make_train_step(
         return loss, (logits, rest)
 
     def step(state: State, x: jax.Array, y: jax.Array) -> tuple[State, Any]:
-        if augment:
+        if augment != "none":
             key = jax.random.fold_in(jax.random.key(seed), state["step"])
             crop_key, flip_key = jax.random.split(key)
             x = random_crop(crop_key, x, dataset.crop_padding)

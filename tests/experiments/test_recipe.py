@@ -3,15 +3,16 @@
 import dataclasses
 import math
 import shlex
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.config import TrainConfig, make_parser, parse
+from experiments.config import IMPLEMENTATIONS, TrainConfig, make_parser, parse
 from experiments.errors import UserError
 from experiments.optimizer import Recipe, choose, warmup_cosine
+from jadder.implementations import Implementation
 
 
 def test_no_options_are_the_defaults() -> None:
@@ -28,13 +29,13 @@ def test_every_field_is_an_option_with_help() -> None:
 def test_options_are_read() -> None:
     config = parse(
         shlex.split(
-            "--family euclid conv --learning-rate 0.05 --batch-size 7 --no-augment --resume "
-            "--limit-train 9 --name x"
+            "--family euclid conv --learning-rate 0.05 --batch-size 7 --augment none --resume "
+            "--limit-train 9 --name x --model-options norm=batch depth=2"
         )
     )
     assert config == TrainConfig(
-        family=("euclid", "conv"), learning_rate=0.05, batch_size=7, augment=False, resume=True,
-        limit_train=9, name="x",
+        family=("euclid", "conv"), learning_rate=0.05, batch_size=7, augment="none", resume=True,
+        limit_train=9, name="x", model_options=("norm=batch", "depth=2"),
     )  # fmt: skip
 
 
@@ -50,6 +51,10 @@ def test_options_are_read() -> None:
         ("--family adder adder", "--family must name each family once"),
         ("--family shift", "invalid choice: 'shift'"),
         ("--optimizer lion", "invalid choice: 'lion'"),
+        ("--augment mixup", "invalid choice: 'mixup'"),
+        ("--implementation cuda", "invalid choice: 'cuda'"),
+        ("--model-options norm", "--model-options must be NAME=VALUE, each once, got 'norm'"),
+        ("--model-options a=1 a=2", "--model-options must be NAME=VALUE, each once, got 'a=2'"),
         ("--name ../x", "--name must be a plain folder name"),
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
@@ -60,6 +65,18 @@ def test_wrong_options(options: str, text: str) -> None:
         parse(options.split())
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_all_implementations_can_be_asked_for() -> None:
+    assert set(IMPLEMENTATIONS) == set(get_args(Implementation))
+
+
+def test_model_arguments_are_plain_values() -> None:
+    options = ("norm=batch", "depth=2", "identity=True", "rate=0.5", "rule=None", "parts=('q','k')")
+    assert TrainConfig(model_options=options).model_arguments() == {
+        "norm": "batch", "depth": 2, "identity": True, "rate": 0.5, "rule": None,
+        "parts": ("q", "k"),
+    }  # fmt: skip
 
 
 def test_names_tell_runs_apart() -> None:

@@ -1,0 +1,118 @@
+"""The command line that all experiments share: `python -m experiments.NAME --help`.
+
+An experiment is a function from options and a folder to an `Outcome`. What is common is here: where
+results go, the small size that ends within a minute, errors as one line, interruptions, and the
+record of command, versions and hardware beside every result.
+"""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from experiments.config import Parser
+from experiments.environment import hardware, peak_memory, versions
+from experiments.errors import UserError
+from experiments.interrupt import Interrupted, StopRequest
+from experiments.outcome import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where and how an experiment runs.
+
+    Attributes:
+        folder: takes its result and pictures, and the folders of its training runs.
+        smoke: whether it is the small size, on embedded data.
+        command: the command line, for the record.
+        stop: set by Ctrl-C or SIGTERM; whoever trains asks it.
+    """
+
+    folder: Path
+    smoke: bool
+    command: str
+    stop: StopRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One script.
+
+    Attributes:
+        name: of the module, and of the folder that takes the result.
+        about: the help's description.
+        add_options: adds the script's own options to a parser.
+        run: does it.
+    """
+
+    name: str
+    about: str
+    run: Callable[[argparse.Namespace, Place], Outcome]
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Runs the command line `argv` and returns the exit status."""
+        argv = sys.argv[1:] if argv is None else list(argv)
+        try:
+            return self._run(self.parser().parse_args(argv), argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.status
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    def parser(self) -> argparse.ArgumentParser:
+        parser = Parser(
+            prog=f"python -m experiments.{self.name}",
+            description=self.about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        parser.add_argument(
+            "--smoke", action="store_true", help="a small size on embedded data, within a minute"
+        )
+        parser.add_argument(
+            "--out-dir",
+            default="runs",
+            metavar="DIR",
+            help=f"takes the folder {self.name}, or {self.name}-smoke (default: runs). What an "
+            "earlier run of the same command finished is kept, what it began is continued",
+        )
+        self.add_options(parser)
+        return parser
+
+    def _run(self, options: argparse.Namespace, argv: Sequence[str]) -> int:
+        folder = Path(options.out_dir) / (f"{self.name}-smoke" if options.smoke else self.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = shlex.join(["python", "-m", f"experiments.{self.name}", *argv])
+        start = time.monotonic()
+        try:
+            with StopRequest() as stop:
+                outcome = self.run(options, Place(folder, options.smoke, command, stop))
+        except Interrupted as stopped:
+            print(f"{stopped} and saved; go on with:\n{command}", file=sys.stderr)
+            return 128 + stopped.signum
+        outcome.save(
+            folder,
+            experiment=self.name,
+            command=command,
+            smoke=options.smoke,
+            seconds=round(time.monotonic() - start, 1),
+            **peak_memory(),
+            versions=versions(),
+            hardware=hardware(jax.local_devices()),
+        )
+        for table in outcome.tables:
+            print(f"{table.title}\n{table}\n")
+        for note in outcome.notes:
+            print(note)
+        for picture in outcome.pictures:
+            print(f"picture: {folder / picture.file}")
+        print(f"result: {folder / 'result.json'}")
+        return 0

@@ -1,0 +1,64 @@
+"""ResNet-20 on CIFAR-10 by AdderNet's recipe, adding, multiplying and in Euclid distances."""
+
+import argparse
+import dataclasses
+import sys
+
+from experiments.command import Experiment, Place
+from experiments.config import FAMILIES, TrainConfig
+from experiments.curves import draw
+from experiments.outcome import Outcome, Picture
+from experiments.study import (
+    TrainingOptions,
+    accuracy_table,
+    by_label,
+    families,
+    train,
+    with_seeds,
+)  # fmt: skip
+
+ABOUT = """\
+ResNet-20 on CIFAR-10: adder, conv and euclid at equal budget.
+
+SGD with rate 0.1, momentum 0.9, weight decay 5e-4, crop and flip; one epoch of warm-up and a
+cosine over the run's length, whatever that is: --epochs 10, 30 and 100 are short budgets with a
+schedule of their own. --recipe addernet takes the batch and the length of AdderNet's paper
+(Chen et al., 2020): 400 epochs at batch 256.
+"""
+TRAINING = TrainingOptions(
+    full=TrainConfig(model="resnet20", dataset="cifar10", epochs=10),
+    smoke=TrainConfig(model="resnet20", epochs=1, limit_train=128, batch_size=64, image_size=16),
+    seeds=(0, 1, 2),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--recipe", choices=("short", "addernet"), default="short")
+    TRAINING.add(parser)
+
+
+def run(options: argparse.Namespace, place: Place) -> Outcome:
+    config = TRAINING.config(options)
+    if options.recipe == "addernet" and not options.smoke:
+        config = dataclasses.replace(
+            config, epochs=options.epochs or 400, batch_size=options.batch_size or 256
+        )
+    length = f"{config.epochs} epochs"
+    plans = {f"{name}, {length}": one for name, one in families(config, options.families).items()}
+    runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)
+    curves = {label: group[0].rows for label, group in by_label(runs).items()}
+    draw(place.folder / "curves.png", f"ResNet-20 on {config.dataset}, {length}", curves)
+    return Outcome(
+        f"ResNet-20 on {config.dataset}: {length}, batch {config.batch_size}",
+        tables=[accuracy_table("Accuracy after the last epoch, mean over the seeds", runs)],
+        pictures=[Picture("curves.png", "Loss and accuracy of each family's first seed")],
+        data={"runs": [one.summary() for one in runs]},
+    )
+
+
+EXPERIMENT = Experiment("resnet20", ABOUT, run, add_options)
+main = EXPERIMENT.main
+
+if __name__ == "__main__":
+    sys.exit(main())
