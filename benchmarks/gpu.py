@@ -62,7 +62,8 @@ INSTRUCTIONS = {
     "dx": 2.0,
     "sign": 3.0,
 }
-"""For each term; see `jadder.kernels.mosaic_gpu`."""
+"""For each term, at least: the limit of the hardware. `jadder.kernels.mosaic_gpu` says how many its
+own loops take."""
 HARD_TANH, SIGN, LINEAR = Clip(1.0, 1.0), Clip(float("inf"), 1.0), Clip(1.0, float("inf"))
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3, "uint8": 0.0}
 """Of the largest value."""

@@ -19,7 +19,7 @@ def test_smoke(tmp_path, capsys):
     for pass_name in ("forward", "dx", "dw"):
         assert any(row.get("pass") == pass_name and row["us"] > 0 for row in rows)
     assert [row["form"] for row in rows if "step" in row] == ["conv f32"]
-    assert f"{len(rows)} rows, 0 wrong" in capsys.readouterr().out
+    assert f"{len(rows)} rows, 0 wrong, 0 failed" in capsys.readouterr().out
 
 
 def test_what_fails_is_a_row_and_what_does_not_fit_is_listed(tmp_path, capsys):

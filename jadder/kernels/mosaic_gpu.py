@@ -13,7 +13,8 @@ is ever written out. A table lists where each tap's window starts.
 A warpgroup holds a tile of 256 × 16, 256 × 32 or 128 × 64 outputs in registers, 32 or 64 a
 thread, and feeds it from shared memory, which three stages of asynchronous copies fill. Machine
 instructions for each term, counted in the inner loop that jax 0.12.0.1 and ptxas 13.5 make of the
-128 × 64 tile for sm_90a, with its loads, waits and copies (150 registers or so, none spilled):
+128 × 64 tile for sm_90a, with its loads, waits and copies (150 registers or so, none spilled; the
+environment variable MOSAIC_GPU_DUMP_SASS=1 prints them where the kernel is compiled):
 
 - 2.27 float32: ``FADD d, x, -w`` and ``FADD y, y, -|d|``.
 - 1.37 float16: packed pairs. Runs of 8 terms are added up in 16 bit, and the runs in float32; a

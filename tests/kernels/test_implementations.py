@@ -1,6 +1,7 @@
 """One class of tests for every file of kernels."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,17 @@ IMPLEMENTATIONS = tuple(
     if name in WIDEST
 )
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.mark.skipif(
+    all(shutil.which(compiler) is None for compiler in ("c++", "g++", "clang++")),
+    reason="no C++ compiler: an installation has no native kernels then",
+)
+def test_the_native_kernels_are_there_where_they_can_be_built():
+    """Otherwise all of their tests would be skipped, and nobody the wiser."""
+    found = jadder.implementations()
+    assert found["cpu"].available, found["cpu"].about
+    assert found["cpu_fast"].available
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
