@@ -11,7 +11,7 @@ from flax import nnx
 import jadder
 import jadder.models
 from experiments.config import TrainConfig
-from experiments.data import Dataset
+from experiments.dataset import Dataset
 from experiments.errors import UserError
 from jadder.implementations import Implementation
 from jadder.models import get_family

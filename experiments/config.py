@@ -21,8 +21,9 @@ SCALINGS = ("auto", "on", "off")
 
 # Options that say where a run lies, where it is computed and how it is watched. A run can be
 # resumed with other values of these, of no others.
-PLACES = ("family", "data_dir", "out_dir", "name", "resume", "checkpoint_every", "devices",
-          "distributed", "coordinator_address", "num_processes", "process_id")  # fmt: skip
+PLACES = ("family", "data_dir", "image_memory", "out_dir", "name", "resume", "checkpoint_every",
+          "devices", "distributed", "coordinator_address", "num_processes",
+          "process_id")  # fmt: skip
 
 
 def _option(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -92,6 +93,13 @@ class TrainConfig:
         metavar="PIXELS",
     )
     limit_train: int | None = _option(None, "data", "train on the first N images only", metavar="N")
+    image_memory: float = _option(
+        4.0,
+        "data",
+        "images of a split that tensorflow-datasets has prepared are kept in memory up to this "
+        "size, otherwise read and decoded batch by batch",
+        metavar="GIB",
+    )
     augment: str = _option(
         "standard",
         "data",
@@ -171,7 +179,14 @@ class TrainConfig:
         for field in ("epochs", "batch_size", "image_size", "limit_train", "learning_rate", "eta",
                       "adder_rate", "checkpoint_every", "devices", "num_processes"):  # fmt: skip
             self._check_number(field, positive=True)
-        for field in ("weight_decay", "warmup_epochs", "momentum", "seed", "process_id"):
+        for field in (
+            "image_memory",
+            "weight_decay",
+            "warmup_epochs",
+            "momentum",
+            "seed",
+            "process_id",
+        ):
             self._check_number(field, positive=False)
         if self.momentum >= 1:
             raise UserError(f"--momentum must be below 1, got {self.momentum}")

@@ -1,4 +1,4 @@
-"""Image classification sets, each as uint8 arrays in memory.
+"""Image classification sets: the files of the published ones, and those of tensorflow-datasets.
 
 Files are read where they lie; nothing is downloaded. Every way in which a folder can be wrong
 (missing, incomplete, truncated, of another kind) is a UserError of one line.
@@ -7,55 +7,15 @@ Files are read where they lie; nothing is downloaded. Every way in which a folde
 import dataclasses
 import gzip
 import math
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from experiments import prepared
+from experiments.dataset import Dataset, Images, Labels, check_labels, moments, resized
 from experiments.errors import UserError
-
-Images = NDArray[np.uint8]
-Labels = NDArray[np.int32]
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Training and test images with their labels.
-
-    Attributes:
-        name: the data set's name.
-        train_images, test_images: uint8 (N, H, W, C).
-        train_labels, test_labels: int32 (N,), from 0 to num_classes - 1.
-        num_classes: number of classes.
-        mean, std: of each channel, on the scale on which 255 is 1.
-        crop_padding: by how many pixels augmentation may shift a training image.
-        flip: whether augmentation may mirror a training image.
-        note: what a reader of the results should know.
-    """
-
-    name: str
-    train_images: Images
-    train_labels: Labels
-    test_images: Images
-    test_labels: Labels
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_padding: int
-    flip: bool
-    note: str = ""
-
-    def fingerprint(self) -> str:
-        """A checksum of every image and label, to tell this data from other data."""
-        crc = 0
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            crc = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, crc)
-        shape = "x".join(str(n) for n in self.train_images.shape)
-        return f"{self.name}-{shape}-{crc:08x}"
 
 
 def load(
@@ -64,6 +24,7 @@ def load(
     *,
     image_size: int | None = None,
     limit_train: int | None = None,
+    image_memory: float = 4.0,
 ) -> Dataset:
     """Reads a data set.
 
@@ -73,12 +34,15 @@ def load(
         image_size: images of another size are resized to this one. Digits are 8 x 8 and are
             enlarged to 28 x 28 where none is given, the size that LeNet-5 is made for.
         limit_train: number of training images to keep, from the first.
+        image_memory: in GiB. A split of tfds: that is larger is read while it is used.
 
     Raises:
         UserError: the name is unknown, or the folder does not hold the data set.
     """
     if name.startswith("tfds:"):
-        dataset = _load_tfds(name, data_dir, image_size)
+        dataset = prepared.load(
+            name, data_dir, image_size=image_size, image_memory=image_memory * 2**30
+        )
     elif name in _LOADERS:
         dataset = _LOADERS[name](Path(data_dir or "data"))
     else:
@@ -86,8 +50,8 @@ def load(
         raise UserError(f"--dataset: {name!r} is not one of {known} and does not begin with tfds:")
     if image_size is None and name == "digits":
         image_size = 28
-    if image_size is not None:
-        dataset = _resized(dataset, image_size)
+    if image_size is not None and not name.startswith("tfds:"):
+        dataset = resized(dataset, image_size)
     if limit_train is not None:
         if limit_train > len(dataset.train_images):
             raise UserError(
@@ -114,7 +78,7 @@ def _load_digits(data_dir: Path) -> Dataset:
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
     test = np.arange(len(images)) % 5 == 4
-    mean, std = _moments(images[~test])
+    mean, std = moments(images[~test])
     return Dataset(
         "digits", images[~test], labels[~test], images[test], labels[test], 10, mean, std,
         crop_padding=2, flip=False,
@@ -165,7 +129,7 @@ def _read_idx_pair(images_path: Path, labels_path: Path) -> tuple[Images, Labels
         raise UserError(
             f"{images_path} has {len(images)} images, but {labels_path.name} {len(labels)} labels"
         )
-    _check_labels(labels, 10, labels_path)
+    check_labels(labels, 10, labels_path)
     return images[..., None], labels.astype(np.int32)
 
 
@@ -226,105 +190,9 @@ def _read_cifar(path: Path) -> tuple[Images, Labels]:
         )
     records = np.fromfile(path, np.uint8).reshape(-1, _CIFAR_RECORD)
     labels = records[:, 0].astype(np.int32)
-    _check_labels(labels, 10, path)
+    check_labels(labels, 10, path)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels
-
-
-# -- tensorflow-datasets ---------------------------------------------------------------------------
-
-
-def _load_tfds(name: str, data_dir: str | None, image_size: int | None) -> Dataset:
-    """A set that tensorflow-datasets has prepared as array_record; TensorFlow is not imported."""
-    import tensorflow_datasets as tfds
-
-    folder = _find_tfds(name, data_dir)
-    try:
-        builder = tfds.builder_from_directory(folder)
-        splits = builder.info.splits
-        image_key, label_key = _tfds_keys(name, builder.info, tfds)
-        test = next((split for split in ("test", "validation") if split in splits), None)
-        if "train" not in splits or test is None:
-            raise UserError(
-                f"{name} needs the splits train and test (or validation), it has {list(splits)}"
-            )
-        arrays: list[Any] = []
-        for split in ("train", test):
-            source = builder.as_data_source(split)
-            arrays += _tfds_arrays(name, source, image_key, label_key, image_size)
-    except UserError:
-        raise
-    except NotImplementedError:
-        raise UserError(
-            f"{folder} is not in the format array_record; prepare it again in another folder: "
-            f"{_tfds_command(name, 'DIR')}"
-        ) from None
-    except Exception as error:  # whatever array_record and protobuf raise on damaged files
-        raise UserError(f"{folder} cannot be read ({type(error).__name__}: {error})") from None
-    train_images, train_labels, test_images, test_labels = arrays
-    classes = builder.info.features[label_key].num_classes
-    _check_labels(train_labels, classes, folder)
-    _check_labels(test_labels, classes, folder)
-    mean, std = _moments(train_images)
-    return Dataset(
-        name, train_images, train_labels, test_images, test_labels, classes, mean, std,
-        crop_padding=train_images.shape[1] // 8,
-        # Mirrored characters are other characters.
-        flip=not any(word in name for word in ("mnist", "kmnist", "svhn", "cmaterdb", "digit")),
-        note=f"test images: the split {test!r}",
-    )  # fmt: skip
-
-
-def _tfds_command(name: str, folder: str) -> str:
-    return f"tfds build {name.removeprefix('tfds:')} --file_format=array_record --data_dir={folder}"
-
-
-def _find_tfds(name: str, data_dir: str | None) -> Path:
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    path, _, version = name.removeprefix("tfds:").partition(":")
-    if not path or ".." in Path(path).parts:
-        raise UserError(f"--dataset: {name!r} names no data set")
-    found = [p.parent for p in (root / path).glob(f"{version or '*'}/dataset_info.json")]
-    if not found:
-        raise UserError(
-            f"{root / path} holds no data set that tensorflow-datasets has prepared; once, where "
-            f"TensorFlow is installed, run: {_tfds_command(name, str(root))}"
-        )
-    return max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
-
-
-def _tfds_keys(name: str, info: Any, tfds: Any) -> tuple[str, str]:
-    features = info.features
-    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
-    labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
-    image, label = info.supervised_keys if info.supervised_keys else (images[:1], labels[:1])
-    image, label = (key[0] if isinstance(key, list) and key else key for key in (image, label))
-    if image not in images or label not in labels:
-        raise UserError(
-            f"{name} is no image classification set: it has the features "
-            f"{', '.join(f'{k} ({type(v).__name__})' for k, v in features.items())}"
-        )
-    return image, label
-
-
-def _tfds_arrays(
-    name: str, source: Any, image_key: str, label_key: str, image_size: int | None
-) -> tuple[Images, Labels]:
-    images, labels = [], []
-    for example in source:
-        image = example[image_key]
-        if image.dtype != np.uint8:
-            raise UserError(f"{name} has images of {image.dtype}, expected uint8")
-        images.append(image if image_size is None else _resize(image[None], image_size)[0])
-        if images[-1].shape != images[0].shape:
-            raise UserError(
-                f"{name} has images of several sizes, {images[0].shape} and {images[-1].shape}: "
-                "give --image-size"
-            )
-        labels.append(example[label_key])
-    if not images:
-        raise UserError(f"{name} has no images in a split")
-    return np.stack(images), np.asarray(labels, np.int32)
 
 
 # -- shared ----------------------------------------------------------------------------------------
@@ -345,50 +213,6 @@ def _check_complete(folder: Path, paths: Sequence[Path], remark: str) -> None:
         raise UserError(
             f"{folder} lacks {len(missing)} of {len(paths)} files {remark}: {', '.join(missing)}"
         )
-
-
-def _check_labels(labels: NDArray[Any], classes: int, where: Path) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise UserError(f"{where} has labels from {low} to {high}, expected 0 to {classes - 1}")
-
-
-def _moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, from exact counts of the 256 values."""
-    values = np.arange(256) / 255
-    means, stds = [], []
-    for channel in range(images.shape[-1]):
-        weights = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., 0].size
-        mean = float(weights @ values)
-        means.append(mean)
-        stds.append(max(math.sqrt(float(weights @ (values - mean) ** 2)), 1 / 255))
-    return tuple(means), tuple(stds)
-
-
-def _resized(dataset: Dataset, size: int) -> Dataset:
-    if dataset.train_images.shape[1:3] == dataset.test_images.shape[1:3] == (size, size):
-        return dataset
-    train, test = _resize(dataset.train_images, size), _resize(dataset.test_images, size)
-    mean, std = _moments(train)
-    return dataclasses.replace(dataset, train_images=train, test_images=test, mean=mean, std=std)
-
-
-def _resize(images: Images, size: int) -> Images:
-    """Bilinear, the shorter side to `size`, then the middle square."""
-    from PIL import Image
-
-    height, width = images.shape[1:3]
-    if (height, width) == (size, size):
-        return images
-    scale = size / min(height, width)
-    new = (max(size, round(width * scale)), max(size, round(height * scale)))
-    left, top = (new[0] - size) // 2, (new[1] - size) // 2
-    resized = np.empty((len(images), size, size, images.shape[3]), np.uint8)
-    for i, image in enumerate(images):
-        for c in range(images.shape[3]):
-            channel = Image.fromarray(image[..., c]).resize(new, Image.Resampling.BILINEAR)
-            resized[i, ..., c] = np.asarray(channel)[top : top + size, left : left + size]
-    return resized
 
 
 _LOADERS: dict[str, Callable[[Path], Dataset]] = {

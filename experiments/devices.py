@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from experiments.config import TrainConfig
 from experiments.errors import UserError
+from experiments.streamed import StreamedImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,14 @@ class Devices:
         """A tree of arrays, the same in every process, on each device."""
         return multihost_utils.host_local_array_to_global_array(tree, self.mesh, PartitionSpec())
 
-    def rows(self, array: NDArray[Any], index: NDArray[np.integer[Any]]) -> jax.Array:
+    def rows(
+        self, array: NDArray[Any] | StreamedImages, index: NDArray[np.integer[Any]]
+    ) -> jax.Array:
         """`array[index]`, sharded; a process reads only the rows of its own devices."""
 
         def part(place: Any) -> NDArray[Any]:
-            return array[index[place[0]]]
+            chosen: NDArray[Any] = array[index[place[0]]]
+            return chosen
 
         shape = (len(index), *array.shape[1:])
         return jax.make_array_from_callback(shape, self.sharded, part)

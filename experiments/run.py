@@ -15,7 +15,7 @@ from experiments import build, devices, optimizer, steps
 from experiments.checkpoint import Checkpoints, check_fingerprint, checksum, describe
 from experiments.config import TrainConfig
 from experiments.curves import draw
-from experiments.data import Dataset
+from experiments.dataset import Dataset
 from experiments.environment import hardware, peak_memory, versions
 from experiments.errors import UserError
 from experiments.files import read_json, write_json

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments.augment import normalize, random_crop, random_flip
-from experiments.data import Dataset
+from experiments.dataset import Dataset
 from experiments.devices import Devices
 
 State = dict[str, Any]

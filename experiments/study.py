@@ -18,7 +18,8 @@ import jax
 from experiments.build import choose_model
 from experiments.command import Place
 from experiments.config import FAMILIES, IMPLEMENTATIONS, TrainConfig
-from experiments.data import Dataset, load
+from experiments.data import load
+from experiments.dataset import Dataset
 from experiments.metrics import Row, read_rows
 from experiments.outcome import Table
 from experiments.run import Diverged, Result, Run
@@ -79,7 +80,7 @@ def train(plans: Mapping[str, TrainConfig], place: Place) -> list[Trained]:
         if source not in datasets:
             datasets[source] = load(
                 config.dataset, config.data_dir, image_size=config.image_size,
-                limit_train=config.limit_train,
+                limit_train=config.limit_train, image_memory=config.image_memory,
             )  # fmt: skip
         dataset = datasets[source]
         name = re.sub(r"[^\w.+-]+", "-", label).strip("-")

@@ -1,7 +1,9 @@
 """experiments.data: each format, and each way in which its files can be wrong."""
 
+import functools
 import gzip
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from PIL import Image
 
 from experiments.data import load, read_idx
 from experiments.errors import UserError
+from experiments.streamed import StreamedImages
+from experiments.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -298,6 +302,36 @@ def test_tfds_images_of_several_sizes(tfds_folder: Path) -> None:
     assert "--image-size" in error_of("tfds:uneven", tfds_folder)
     dataset = load("tfds:uneven", str(tfds_folder), image_size=8)
     assert dataset.train_images.shape == (20, 8, 8, 3)
+
+
+@pytest.mark.parametrize(("name", "size"), [("tiny", None), ("uneven", 6)])
+def test_streamed_images_are_those_in_memory(
+    tfds_folder: Path, name: str, size: int | None
+) -> None:
+    read_set = functools.partial(
+        load, f"tfds:{name}", str(tfds_folder), image_size=size, limit_train=9
+    )
+    kept, read = read_set(), read_set(image_memory=0)
+    assert isinstance(read.train_images, StreamedImages)
+    assert read.train_images.shape == kept.train_images.shape
+    index = np.array([8, 0, 0, 5])
+    np.testing.assert_array_equal(read.train_images[index], kept.train_images[index])
+    np.testing.assert_array_equal(read.test_images[np.arange(7)], kept.test_images)
+    np.testing.assert_array_equal(read.train_labels, kept.train_labels)
+    # Of few images all are taken.
+    assert (read.mean, read.std) == (kept.mean, kept.std)
+
+
+def test_training_on_streamed_images_is_training_on_images_in_memory(
+    tfds_folder: Path, tmp_path: Path
+) -> None:
+    options = ["--dataset", "tfds:tiny", "--data-dir", str(tfds_folder), "--family", "conv"]
+    options += ["--model", "vit", "--image-size", "8", "--batch-size", "8", "--epochs", "1"]
+    options += ["--model-options", "depth=1", "features=16", "--out-dir", str(tmp_path)]
+    for name, memory in (("kept", "1"), ("read", "0")):
+        assert main([*options, "--name", name, "--image-memory", memory]) == 0
+    results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("kept", "read")]
+    assert results[0]["parameters_sha256"] == results[1]["parameters_sha256"]
 
 
 def test_tfds_that_is_not_there(tfds_folder: Path) -> None:

@@ -22,7 +22,8 @@ import pytest
 
 from experiments.checkpoint import Checkpoints
 from experiments.config import parse
-from experiments.data import Dataset, load
+from experiments.data import load
+from experiments.dataset import Dataset
 from experiments.errors import UserError
 from experiments.interrupt import Interrupted, StopRequest
 from experiments.run import Run

@@ -14,7 +14,8 @@ import pytest
 
 from experiments.checkpoint import checksum
 from experiments.config import TrainConfig
-from experiments.data import Dataset, load
+from experiments.data import load
+from experiments.dataset import Dataset
 from experiments.errors import UserError
 from experiments.interrupt import Interrupted, StopRequest
 from experiments.run import Run, check_folders, epoch_order

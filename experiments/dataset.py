@@ -1,0 +1,102 @@
+"""What a data set of images is, and what is done to all of them alike."""
+
+import dataclasses
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.errors import UserError
+from experiments.streamed import StreamedImages
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Training and test images with their labels.
+
+    Attributes:
+        name: the data set's name.
+        train_images, test_images: uint8 (N, H, W, C), in memory or read when they are asked for.
+        train_labels, test_labels: int32 (N,), from 0 to num_classes - 1.
+        num_classes: number of classes.
+        mean, std: of each channel, on the scale on which 255 is 1.
+        crop_padding: by how many pixels augmentation may shift a training image.
+        flip: whether augmentation may mirror a training image.
+        note: what a reader of the results should know.
+    """
+
+    name: str
+    train_images: Images | StreamedImages
+    train_labels: Labels
+    test_images: Images | StreamedImages
+    test_labels: Labels
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int
+    flip: bool
+    note: str = ""
+
+    def fingerprint(self) -> str:
+        """A checksum of all labels and all images in memory, to tell this data from other data."""
+        crc = 0
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            if isinstance(array, StreamedImages):
+                continue
+            crc = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, crc)
+        shape = "x".join(str(n) for n in self.train_images.shape)
+        return f"{self.name}-{shape}-{crc:08x}"
+
+
+def check_labels(labels: NDArray[Any], classes: int, where: Path) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise UserError(f"{where} has labels from {low} to {high}, expected 0 to {classes - 1}")
+
+
+def moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, from exact counts of the 256 values."""
+    values = np.arange(256) / 255
+    means, stds = [], []
+    for channel in range(images.shape[-1]):
+        weights = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., 0].size
+        mean = float(weights @ values)
+        means.append(mean)
+        stds.append(max(math.sqrt(float(weights @ (values - mean) ** 2)), 1 / 255))
+    return tuple(means), tuple(stds)
+
+
+def resize(images: Images, size: int) -> Images:
+    """Bilinear, the shorter side to `size`, then the middle square."""
+    from PIL import Image
+
+    height, width = images.shape[1:3]
+    if (height, width) == (size, size):
+        return images
+    scale = size / min(height, width)
+    new = (max(size, round(width * scale)), max(size, round(height * scale)))
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    resized = np.empty((len(images), size, size, images.shape[3]), np.uint8)
+    for i, image in enumerate(images):
+        for c in range(images.shape[3]):
+            channel = Image.fromarray(image[..., c]).resize(new, Image.Resampling.BILINEAR)
+            resized[i, ..., c] = np.asarray(channel)[top : top + size, left : left + size]
+    return resized
+
+
+def resized(dataset: Dataset, size: int) -> Dataset:
+    """The same images, which are in memory, with sides of `size`."""
+    train, test = dataset.train_images, dataset.test_images
+    if isinstance(train, StreamedImages) or isinstance(test, StreamedImages):
+        raise TypeError("streamed images are resized when they are read")
+    if train.shape[1:3] == test.shape[1:3] == (size, size):
+        return dataset
+    train, test = resize(train, size), resize(test, size)
+    mean, std = moments(train)
+    return dataclasses.replace(dataset, train_images=train, test_images=test, mean=mean, std=std)

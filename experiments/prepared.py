@@ -1,0 +1,134 @@
+"""Sets that tensorflow-datasets has prepared as array_record; TensorFlow is not imported."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from experiments.dataset import Dataset, Images, Labels, check_labels, moments, resize
+from experiments.errors import UserError
+from experiments.streamed import StreamedImages
+
+
+def load(
+    name: str, data_dir: str | None, *, image_size: int | None, image_memory: float
+) -> Dataset:
+    """Reads "tfds:NAME[/CONFIG][:VERSION]".
+
+    A split whose images take more than `image_memory` bytes is not kept in memory: they are read
+    and decoded whenever they are asked for, and the channels' means are those of 2,048 of them.
+
+    Raises:
+        UserError: there is no such set, it is of another kind or format, or it cannot be read.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = _find(name, data_dir)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        splits = builder.info.splits
+        image_key, label_key = _keys(name, builder.info, tfds)
+        test = next((split for split in ("test", "validation") if split in splits), None)
+        if "train" not in splits or test is None:
+            raise UserError(
+                f"{name} needs the splits train and test (or validation), it has {list(splits)}"
+            )
+        found: list[tuple[Images | StreamedImages, Labels]] = []
+        for split in ("train", test):
+            images: Images | StreamedImages = _images(
+                name, builder.as_data_source(split), image_key, image_size
+            )
+            if math.prod(images.shape) <= image_memory:
+                images = cast(Images, images[np.arange(len(images))])
+            undecoded = {image_key: tfds.decode.SkipDecoding()}
+            source = builder.as_data_source(split, decoders=undecoded)
+            labels = np.asarray([example[label_key] for example in source], np.int32)
+            found.append((images, labels))
+        (train_images, train_labels), (test_images, test_labels) = found
+        mean, std = moments(_some(train_images))
+    except UserError:
+        raise
+    except NotImplementedError:
+        raise UserError(
+            f"{folder} is not in the format array_record; prepare it again in another folder: "
+            f"{_command(name, 'DIR')}"
+        ) from None
+    except Exception as error:  # whatever array_record and protobuf raise on damaged files
+        raise UserError(f"{folder} cannot be read ({type(error).__name__}: {error})") from None
+    classes = builder.info.features[label_key].num_classes
+    check_labels(train_labels, classes, folder)
+    check_labels(test_labels, classes, folder)
+    return Dataset(
+        name, train_images, train_labels, test_images, test_labels, classes, mean, std,
+        crop_padding=train_images.shape[1] // 8,
+        # Mirrored characters are other characters.
+        flip=not any(word in name for word in ("mnist", "kmnist", "svhn", "cmaterdb", "digit")),
+        note=f"test images: the split {test!r}",
+    )  # fmt: skip
+
+
+def _command(name: str, folder: str) -> str:
+    return f"tfds build {name.removeprefix('tfds:')} --file_format=array_record --data_dir={folder}"
+
+
+def _find(name: str, data_dir: str | None) -> Path:
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    path, _, version = name.removeprefix("tfds:").partition(":")
+    if not path or ".." in Path(path).parts:
+        raise UserError(f"--dataset: {name!r} names no data set")
+    found = [p.parent for p in (root / path).glob(f"{version or '*'}/dataset_info.json")]
+    if not found:
+        raise UserError(
+            f"{root / path} holds no data set that tensorflow-datasets has prepared; once, where "
+            f"TensorFlow is installed, run: {_command(name, str(root))}"
+        )
+    return max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
+
+
+def _keys(name: str, info: Any, tfds: Any) -> tuple[str, str]:
+    features = info.features
+    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
+    labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
+    image, label = info.supervised_keys if info.supervised_keys else (images[:1], labels[:1])
+    image, label = (key[0] if isinstance(key, list) and key else key for key in (image, label))
+    if image not in images or label not in labels:
+        raise UserError(
+            f"{name} is no image classification set: it has the features "
+            f"{', '.join(f'{k} ({type(v).__name__})' for k, v in features.items())}"
+        )
+    return image, label
+
+
+def _images(name: str, source: Any, key: str, size: int | None) -> StreamedImages:
+    """The images of a split, resized where a size is given; otherwise all must be of one."""
+    if not len(source):
+        raise UserError(f"{name} has no images in a split")
+    first = source[0][key]
+    shape = first.shape if size is None else (size, size, first.shape[-1])
+
+    def read(indices: Sequence[int]) -> list[Images]:
+        images = []
+        for example in source.__getitems__(list(indices)):
+            image = example[key]
+            if image.dtype != np.uint8:
+                raise UserError(f"{name} has images of {image.dtype}, expected uint8")
+            images.append(image if size is None else resize(image[None], size)[0])
+            if images[-1].shape != shape:
+                raise UserError(
+                    f"{name} has images of several sizes, {shape} and {images[-1].shape}: "
+                    "give --image-size"
+                )
+        return images
+
+    return StreamedImages(read, range(len(source)), shape)
+
+
+def _some(images: Images | StreamedImages, count: int = 2048) -> Images:
+    """All images in memory, or some, evenly spaced."""
+    if not isinstance(images, StreamedImages):
+        return images
+    chosen: Images = images[np.unique(np.linspace(0, len(images) - 1, count).astype(int))]
+    return chosen
