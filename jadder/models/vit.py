@@ -1,7 +1,31 @@
-"""AdderViT: SimpleViT (Beyer et al., 2022) as the Adder-ViT repository builds it."""
+"""AdderViT: SimpleViT (Beyer et al., 2022) as the Adder-ViT repository builds it.
 
-import functools
-from collections.abc import Mapping
+Adder-ViT's README (github.com/MTDoven/Adder-ViT) names variants. Its code has the final one only,
+so what a name means is known from one line each. In the arguments of ``AdderViT`` they are:
+
+======== =========================================== ==========================================
+name     what the README says                        arguments
+======== =========================================== ==========================================
+multi    the original multiplication                 family="conv"
+qkv      to_qkv adds                                 family_parts="qkv"
+1ffn     one adder layer for the two of the MLP      family_parts="mlp", mlp_layers=1
+2ffn     two adder layers for the two of the MLP     family_parts="mlp"
+adder    AdderNet's operation in MLP and to_qkv      family_parts="qkv,mlp", scales=False, and a
+                                                     family with ``rule=ADDERNET``
+euclider the L2 distance                             family="euclid", family_parts="qkv,mlp"
+wopout   attention without its project_out           family_parts="qkv,mlp", project_out=False
+noupdtm  no adaptive learning rate                   family_parts="qkv,mlp"; the optimizer differs
+(final)  F ⊙ ((E ⊙ x) ⊕ W + b)                       family_parts="qkv,mlp"
+======== =========================================== ==========================================
+
+Our reading, where the README is silent: what a variant does not name multiplies; the one layer of
+1ffn has no GELU; adder is without E and F; each adder layer has a layer norm after it, as in the
+code; wopout, noupdtm and euclider are the final network otherwise. In the code ``to_out``
+multiplies and an adder layer has no bias; the README's has one, and so has the MLP's here, outside
+of F. The code's Euclid layer, x · W + Σx² + b, is not the distance that the README states; the
+family 'euclid' is.
+"""
+
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -10,14 +34,18 @@ from flax import nnx
 from flax.typing import Dtype
 from jax import Array
 
-from jadder.models.family import Family, end_family, get_family
+from jadder.models.family import Family
 from jadder.models.images import check_images, image_shape
-from jadder.models.normalization import BatchNorm, LayerNorm
-from jadder.nn import AdderAttention
-from jadder.rules import ADDER_VIT
-
-Norm = Literal["layer", "batch", "none"]
-_NORMS = {"layer": LayerNorm, "batch": BatchNorm}
+from jadder.models.transformer import (
+    Attention,
+    Block,
+    Norm,
+    Parts,
+    Scores,
+    check_patches,
+    choose_products,
+    cut_patches,
+)
 
 
 def sincos_position_embedding(height: int, width: int, features: int) -> np.ndarray:
@@ -41,134 +69,16 @@ def sincos_position_embedding(height: int, width: int, features: int) -> np.ndar
     return np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
 
 
-class NormalizedProjection(nnx.Module):
-    """A family's projection and the normalisation after it.
-
-    Args:
-      in_features: size of the input's last axis.
-      out_features: size of the result's last axis.
-      family: of the projection.
-      norm: 'layer', 'batch' (over all tokens of the batch) or 'none'.
-      use_bias: whether the projection has a bias.
-      **types: ``dtype``, ``param_dtype`` and ``rngs`` of the layers.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        family: Family,
-        norm: Norm,
-        use_bias: bool = True,
-        **types: Any,
-    ) -> None:
-        self.product = family.projection(in_features, out_features, use_bias=use_bias, **types)
-        self.norm = nnx.data(None if norm == "none" else _NORMS[norm](out_features, **types))
-        self.dtype = types.get("dtype")
-
-    def __call__(self, x: Array) -> Array:
-        """(..., in_features) to (..., out_features)."""
-        y: Array = self.product(x)
-        y = y if self.norm is None else self.norm(y)
-        return y if self.dtype is None else y.astype(self.dtype)
-
-
-class Attention(AdderAttention):
-    """`jadder.nn.AdderAttention` with projections of any family.
-
-    Args:
-      num_heads: heads that share the features.
-      features: size of the last axis of the input and of the result.
-      family: of the four projections, which have no bias.
-      norm: what follows each projection.
-      multiply_out: whether the last projection multiplies whatever the family, without norm.
-      scores: 'dot' or 'adder'.
-      identity: whether each token's own value is added to its sum of values.
-      **types: ``dtype``, ``param_dtype`` and ``rngs`` of the layers.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        features: int,
-        *,
-        family: Family,
-        norm: Norm,
-        multiply_out: bool = False,
-        scores: Literal["dot", "adder"] = "dot",
-        identity: bool = False,
-        **types: Any,
-    ) -> None:
-        def projection(
-            into: int, out: int, *, family: Family = family, norm: Norm = norm, rngs: nnx.Rngs
-        ) -> NormalizedProjection:
-            del rngs  # one of ``types``
-            return NormalizedProjection(
-                into, out, family=family, norm=norm, use_bias=False, **types
-            )
-
-        multiplying = functools.partial(projection, family=get_family("conv"), norm="none")
-        super().__init__(
-            num_heads,
-            features,
-            scores=scores,
-            identity=identity,
-            projection=projection,
-            out_projection=multiplying if multiply_out else projection,
-            rule=family.rule or ADDER_VIT,
-            implementation=family.implementation,
-            rngs=types["rngs"],
-        )
-
-
-class EncoderBlock(nnx.Module):
-    """Layer norm and attention, then layer norm and MLP with GELU, each added to its input.
-
-    Args:
-      features: size of the tokens.
-      num_heads: heads of the attention.
-      mlp_features: size of the hidden layer.
-      family: of the projections and the MLP.
-      norm: what follows each of their products.
-      attention: the remaining arguments of ``Attention``.
-      **types: ``dtype``, ``param_dtype`` and ``rngs`` of the layers.
-    """
-
-    def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        mlp_features: int,
-        *,
-        family: Family,
-        norm: Norm,
-        attention: Mapping[str, Any],
-        **types: Any,
-    ) -> None:
-        kind: dict[str, Any] = {"family": family, "norm": norm} | types
-        self.attention_norm = LayerNorm(features, **types)
-        self.attention = Attention(num_heads, features, **kind, **attention)
-        self.mlp_norm = LayerNorm(features, **types)
-        self.mlp_in = NormalizedProjection(features, mlp_features, **kind)
-        self.mlp_out = NormalizedProjection(mlp_features, features, **kind)
-
-    def __call__(self, x: Array) -> Array:
-        """(batch, tokens, features) to the same shape."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp_out(nnx.gelu(self.mlp_in(self.mlp_norm(x)), approximate=False))
-
-
 class AdderViT(nnx.Module):
     """A vision transformer whose projections and MLP are the family's.
 
     Patches pass through layer norm, linear, layer norm; a fixed sine-cosine position embedding is
     added; pre-norm encoder blocks and a layer norm follow; the mean of the tokens goes to a linear
     head. With family 'adder' a projection is F ⊙ ((E ⊙ x) ⊕ W) + b (`jadder.nn.ScaledAdderLinear`)
-    and the rule ``ADDER_VIT``. The defaults are those of Adder-ViT on CIFAR-10: 64 tokens of 128
+    and the rule ``ADDER_VIT``. The sizes are those of Adder-ViT on CIFAR-10: 64 tokens of 128
     features, four blocks of four heads. It enlarges the images to 128 x 128 and takes patches of
     16 x 16, which are the patches of 4 x 4 here; and it multiplies in the attention's last
-    projection, as ``multiply_out=True`` does.
+    projection, as ``family_parts="qkv,mlp"`` does.
 
     Args:
       num_classes: size of the logits.
@@ -179,13 +89,21 @@ class AdderViT(nnx.Module):
       depth: number of encoder blocks.
       num_heads: heads of the attention.
       mlp_features: size of the MLP's hidden layer.
+      mlp_layers: 2; with 1, the MLP is one product from tokens to tokens without GELU.
       family: of the projections and the MLP.
-      norm: after each of their products: 'layer', 'batch' (over all tokens of the batch), 'none',
-        or 'auto': 'none' for the family 'conv', where products need none, otherwise 'layer', as
-        published. A fair comparison gives both families the same.
+      family_parts: which parts take the family, the others multiply: 'qkv', 'out', 'mlp_in',
+        'mlp_out', 'mlp' for both, 'all' or 'none'; several joined by commas, or as a tuple.
+      norm: after each product of these parts: 'layer', 'batch' (over all tokens of the batch),
+        'none', or 'auto': 'none' for the family 'conv', where products need none, otherwise
+        'layer', as published. A fair comparison gives both families the same. Parts that do not
+        take the family have none, as published.
       multiply_ends: whether patch embedding and head multiply whatever the family, as published;
         otherwise they are projections with ``norm`` after them.
-      multiply_out: whether the attention's last projection multiplies whatever the family.
+      scales: whether adder projections have the scales E and F; without, they are -Σ|x - w| + b.
+        Other families have none.
+      kernel_std: standard deviation of the family's kernels at the start; None: its own, which is 1
+        for adders and Euclid distances. A family that multiplies keeps its own.
+      project_out: whether attention has its last projection, 'out'.
       scores: of the attention: 'dot' for q·k / √d, 'adder' for -Σ|q - k| / √d.
       identity: whether each token's own value is added to its sum of values.
       dtype: of the computation; None: that of the parameters and images, promoted.
@@ -193,7 +111,7 @@ class AdderViT(nnx.Module):
       rngs: source of the initial parameters.
 
     Raises:
-      ValueError: an unknown family, norm or kind of scores, or sizes that do not divide.
+      ValueError: an unknown family, part, norm or kind of scores, or sizes that do not divide.
 
     Example:
       >>> import jax.numpy as jnp
@@ -214,55 +132,59 @@ class AdderViT(nnx.Module):
         depth: int = 4,
         num_heads: int = 4,
         mlp_features: int = 128,
+        mlp_layers: int = 2,
         family: str | Family = "adder",
+        family_parts: Parts = "all",
         norm: Norm | Literal["auto"] = "auto",
         multiply_ends: bool = True,
-        multiply_out: bool = False,
-        scores: Literal["dot", "adder"] = "dot",
+        scales: bool = True,
+        kernel_std: float | None = None,
+        project_out: bool = True,
+        scores: Scores = "dot",
         identity: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.image_shape = image_shape(image_size)
-        self.patch_size = patch_size
         self.channels = channels
-        if patch_size < 1 or any(side % patch_size for side in self.image_shape):
-            raise ValueError(
-                f"patch_size ({patch_size}) must divide the image's sides {self.image_shape}"
-            )
+        self.patch_size = patch_size
+        check_patches(self.image_shape, patch_size)
         if features % 4:
             raise ValueError(f"features must be a multiple of 4, got {features}")
-        if norm not in ("auto", "none", *_NORMS):
-            raise ValueError(f"norm must be 'auto', 'layer', 'batch' or 'none', got {norm!r}")
-        layers = get_family(family)
-        if norm == "auto":
-            norm = "none" if layers.name == "conv" else "layer"
-
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        ends: dict[str, Any] = {
-            "family": end_family(layers, multiply_ends=multiply_ends),
-            "norm": "none" if multiply_ends else norm,
-        } | types
+        products = choose_products(
+            family=family,
+            norm=norm,
+            family_parts=family_parts,
+            multiply_ends=multiply_ends,
+            scales=scales,
+            kernel_std=kernel_std,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        attention: dict[str, Any] = {
+            "products": products,
+            "project_out": project_out,
+            "scores": scores,
+            "identity": identity,
+        }
         patch_features = patch_size * patch_size * channels
-        self.patch_norm = LayerNorm(patch_features, **types)
-        self.patch_embedding = NormalizedProjection(patch_features, features, **ends)
-        self.embedding_norm = LayerNorm(features, **types)
-        attention = {"multiply_out": multiply_out, "scores": scores, "identity": identity}
+        self.patch_norm = products.layer_norm(patch_features)
+        self.patch_embedding = products.projection("embedding", patch_features, features)
+        self.embedding_norm = products.layer_norm(features)
         self.blocks = nnx.List(
-            EncoderBlock(
+            Block(
                 features,
-                num_heads,
                 mlp_features,
-                family=layers,
-                norm=norm,
-                attention=attention,
-                **types,
+                attention=Attention(num_heads, features, **attention),
+                products=products,
+                mlp_layers=mlp_layers,
             )
             for _ in range(depth)
         )
-        self.encoder_norm = LayerNorm(features, **types)
-        self.head = NormalizedProjection(features, num_classes, **ends)
+        self.encoder_norm = products.layer_norm(features)
+        self.head = products.projection("head", features, num_classes)
 
     def __call__(self, images: Array) -> Array:
         """Logits (batch, num_classes) of images (batch, height, width, channels).
@@ -272,17 +194,11 @@ class AdderViT(nnx.Module):
           TypeError: images that are not floating.
         """
         check_images(images, self.channels, self.image_shape)
-        x = self.patch_embedding(self.patch_norm(self._patches(images)))
+        patches = cut_patches(images, self.patch_size)
+        batch, rows, columns, _ = patches.shape
+        x = self.patch_embedding(self.patch_norm(patches.reshape(batch, rows * columns, -1)))
         x = self.embedding_norm(x)
-        rows, columns = (side // self.patch_size for side in self.image_shape)
         x = x + jnp.asarray(sincos_position_embedding(rows, columns, x.shape[-1]), x.dtype)
         for block in self.blocks:
             x = block(x)
         return self.head(self.encoder_norm(x).mean(1))
-
-    def _patches(self, images: Array) -> Array:
-        """(batch, height, width, channels) to (batch, patches, pixels of a patch), row by row."""
-        batch, height, width, _ = images.shape
-        size = self.patch_size
-        grid = images.reshape(batch, height // size, size, width // size, size, self.channels)
-        return grid.swapaxes(2, 3).reshape(batch, -1, size * size * self.channels)

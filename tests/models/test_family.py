@@ -86,6 +86,14 @@ def test_without_a_rule_each_layer_has_its_published_one():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_initializer_reaches_linear_layers_and_projections(name):
+    family = dataclasses.replace(get_family(name), linear_init=nnx.initializers.constant(0.5))
+    for layer in (family.linear, family.projection):
+        np.testing.assert_array_equal(layer(2, 3, rngs=nnx.Rngs(0)).kernel[...], 0.5)
+    assert np.std(family.conv(2, 3, (3, 3), rngs=nnx.Rngs(0)).kernel[...]) > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_products_in_bfloat16_come_in_float32(name):
     family = get_family(name)
     options = {"dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}

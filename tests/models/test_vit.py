@@ -1,5 +1,6 @@
 """AdderViT: position embedding, layout, options."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jadder
-from jadder.models import AdderViT
+from jadder.models import AdderViT, create, get_family
+from jadder.models.transformer import cut_patches
 from jadder.models.vit import sincos_position_embedding
 from jadder.nn import AdderKernel
 
@@ -64,7 +66,7 @@ def test_number_of_parameters_of_adder_vits_network():
     bias of its README's formula, which is here in the MLP.
     """
     model = nnx.eval_shape(
-        lambda: AdderViT(image_size=128, patch_size=16, multiply_out=True, rngs=nnx.Rngs(0))
+        lambda: AdderViT(image_size=128, patch_size=16, family_parts="qkv,mlp", rngs=nnx.Rngs(0))
     )
     dim, pixels = 128, 16 * 16 * 3
     adder = dim * dim + 2 * dim + 2 * dim
@@ -74,32 +76,60 @@ def test_number_of_parameters_of_adder_vits_network():
     assert count(model) == published + 4 * 2 * dim
 
 
-def test_twins_differ_by_the_scales_only():
-    """Six products take E and F, of the sizes of their inputs and outputs."""
+def shapes(**options):
+    state = nnx.to_flat_state(nnx.state(abstract(**options)))
+    return {path: leaf.shape for path, leaf in state}
 
-    def shapes(family):
-        model = nnx.eval_shape(lambda: small(family=family, norm="layer"))
-        return {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
-    adder, conv = shapes("adder"), shapes("conv")
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("family_parts", ["all", "qkv,mlp_in", "out"])
+def test_twins_differ_by_the_scales_only(norm, family_parts):
+    """Norms are in the same places, which the parts decide and not the family."""
+    options = {"norm": norm, "family_parts": family_parts}
+    adder, conv, euclid = (shapes(family=name, **options) for name in ("adder", "conv", "euclid"))
     assert {path: adder[path] for path in conv} == conv
-    assert shapes("euclid") == conv
-    scales = {path: shape for path, shape in adder.items() if path not in conv}
+    assert euclid == conv
+    assert shapes(family="adder", scales=False, **options) == conv
+    scales = [path for path in adder if path not in conv]
     assert {path[-1] for path in scales} == {"input_scale", "output_scale"}
-    assert sum(size for (size,) in scales.values()) == 4 * (8 + 8) + 2 * (8 + 12)
+    normed = [path for path in conv if path[-2:] == ("norm", "scale")]
+    assert len(scales) == 2 * len(normed) > 0
+    in_batches = [path for path in conv if path[-2:] == ("norm", "mean")]
+    assert len(in_batches) == (len(normed) if norm == "batch" else 0)
+
+
+def test_scales_have_the_sizes_of_inputs_and_outputs():
+    sizes = [math.prod(shape) for path, shape in shapes().items() if path[-1].endswith("_scale")]
+    assert sum(sizes) == 4 * (8 + 8) + 2 * (8 + 12)
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_logits_and_gradients_are_finite(layers, norm):
-    model = small(family=layers, norm=norm)
+    assert_trains(small(family=layers, norm=norm))
 
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"family_parts": "mlp", "mlp_layers": 1, "scales": False},
+        {"family_parts": "qkv", "project_out": False, "kernel_std": 0.5},
+    ],
+)
+def test_variants_train(options):
+    adder = dataclasses.replace(get_family("adder"), implementation="reference")
+    assert_trains(small(family=adder, **options))
+
+
+def assert_trains(model):
     @nnx.jit
     def gradients(model, images):
         return nnx.value_and_grad(lambda model: (model(images) ** 2).sum())(model)
 
     loss, grads = gradients(model, images())
     assert np.isfinite(loss)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    for path, gradient in nnx.to_flat_state(grads):
+        assert np.isfinite(gradient[...]).all(), path
+        assert np.any(gradient[...]) or path[-1] == "bias", path
 
 
 def test_evaluation_treats_each_image_alone(layers):
@@ -122,26 +152,92 @@ def test_auto_norm_is_the_published_one():
     assert norms(family="adder") == 6
     assert norms(family="euclid") == 6
     assert norms(family="conv") == 0
-    assert norms(family="adder", multiply_out=True) == 5
+    assert norms(family="adder", family_parts="qkv,mlp") == 5
+    assert norms(family="adder", family_parts="none") == 0
     assert norms(family="adder", multiply_ends=False) == 8
 
 
-def test_which_products_add():
-    def adder_modules(**options):
-        state = nnx.state(abstract(**options), AdderKernel)
-        return {path[-3] for path, _ in nnx.to_flat_state(state)}
-
-    inner = {"query", "key", "value", "out", "mlp_in", "mlp_out"}
-    assert adder_modules() == inner
-    assert adder_modules(multiply_out=True) == inner - {"out"}
-    assert adder_modules(multiply_ends=False) == inner | {"patch_embedding", "head"}
-    assert adder_modules(family="conv") == set()
+def adder_modules(**options):
+    state = nnx.state(abstract(**options), AdderKernel)
+    return {path[-3] for path, _ in nnx.to_flat_state(state)}
 
 
-def test_projections_have_the_rule_of_adder_vit():
-    model = abstract()
-    assert model.blocks[0].mlp_in.product.dot_general.rule == jadder.ADDER_VIT
-    assert model.blocks[0].attention.query.product.dot_general.rule == jadder.ADDER_VIT
+QKV = {"query", "key", "value"}
+MLP = {"mlp_in", "mlp_out"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, QKV | {"out"} | MLP),
+        ({"multiply_ends": False}, QKV | {"out"} | MLP | {"patch_embedding", "head"}),
+        ({"family": "conv"}, set()),
+        ({"family_parts": "none"}, set()),
+        ({"family_parts": ()}, set()),
+        ({"family_parts": "qkv"}, QKV),
+        ({"family_parts": "out,mlp_in"}, {"out", "mlp_in"}),
+        ({"family_parts": ("mlp_out", "qkv")}, QKV | {"mlp_out"}),
+        ({"family_parts": "mlp"}, MLP),
+        ({"family_parts": "mlp", "mlp_layers": 1}, {"mlp_out"}),
+        ({"family_parts": "qkv,mlp", "project_out": False}, QKV | MLP),
+        ({"family_parts": "qkv,mlp", "scales": False}, QKV | MLP),
+    ],
+)
+def test_which_products_add(options, expected):
+    assert adder_modules(**options) == expected
+
+
+def test_options_of_the_command_line_are_plain_values():
+    options = {"family_parts": "qkv,mlp", "scales": False, "kernel_std": 2.0, "project_out": False}
+    model = nnx.eval_shape(lambda: create("vit", image_size=8, rngs=nnx.Rngs(0), **options))
+    assert type(model.blocks[0].mlp_in.product) is jadder.AdderLinear
+
+
+def test_one_layer_has_no_hidden_features_and_no_gelu():
+    block = small(mlp_layers=1, family="conv").blocks[0]
+    assert block.mlp_in is None
+    assert block.mlp_out.product.kernel.shape == (8, 8)
+    x = images(batch=1)[..., :1].reshape(1, 8, 8)
+    block.attention = lambda tokens: jnp.zeros_like(tokens)
+    np.testing.assert_allclose(block(x), x + block.mlp_out(block.mlp_norm(x)), rtol=1e-6)
+
+
+def test_without_last_projection_the_heads_are_the_result():
+    with_projection = small(family="conv", features=8).blocks[0].attention
+    without = small(family="conv", features=8, project_out=False).blocks[0].attention
+    x = images(batch=1)[..., :1].reshape(1, 8, 8)
+    projected = without(x) @ with_projection.out.product.kernel[...]
+    for name in ("query", "key", "value"):
+        kernel = getattr(without, name).product.kernel[...]
+        getattr(with_projection, name).product.kernel.set_value(kernel)
+    np.testing.assert_allclose(with_projection(x), projected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_standard_deviation_of_the_kernels_at_the_start(scales):
+    model = small(features=64, family_parts="mlp_in", kernel_std=0.25, scales=scales)
+    kernel = model.blocks[0].mlp_in.product.kernel[...]
+    np.testing.assert_allclose(np.std(kernel), 0.25, rtol=0.1)
+    multiplied = model.blocks[0].mlp_out.product.kernel[...]
+    assert np.abs(multiplied).max() <= 1 / np.sqrt(12)
+
+
+def test_the_multiplying_twin_keeps_its_start():
+    twins = [small(family="conv", kernel_std=std, scales=std is None) for std in (None, 3.0)]
+    leaves = [jax.tree.leaves(nnx.state(twin)) for twin in twins]
+    for leaf, other in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_projections_have_the_rule_of_adder_vit(scales):
+    def rules(**options):
+        block = abstract(scales=scales, **options).blocks[0]
+        return {layer.product.dot_general.rule for layer in (block.mlp_in, block.attention.query)}
+
+    assert rules() == {jadder.ADDER_VIT}
+    original = dataclasses.replace(get_family("adder"), rule=jadder.ADDERNET)
+    assert rules(family=original) == {jadder.ADDERNET}
 
 
 def test_attention_of_the_multiplying_twin_is_flaxs():
@@ -166,9 +262,8 @@ def test_adder_scores_and_identity_change_the_result():
 
 
 def test_patches_are_cut_row_by_row():
-    model = abstract(family="conv")
     whole = images(batch=2)
-    patches = model._patches(whole)
+    patches = cut_patches(whole, 4).reshape(2, 4, -1)
     expected = [
         whole[:, row : row + 4, column : column + 4].reshape(2, -1)
         for row in (0, 4)
@@ -205,6 +300,10 @@ def test_every_layer_takes_the_dtypes(layers, norm):
         ({"patch_size": 0}, r"patch_size \(0\) must divide"),
         ({"features": 10}, "multiple of 4, got 10"),
         ({"num_heads": 3}, r"divisible by num_heads \(3\)"),
+        ({"mlp_layers": 3}, "mlp_layers must be 1 or 2, got 3"),
+        ({"family_parts": "qkv,ffn"}, "qkv, out, mlp_in, mlp_out, mlp, all, none; got 'ffn'"),
+        ({"kernel_std": 0.0}, "kernel_std must be a positive number, got 0.0"),
+        ({"kernel_std": math.nan}, "kernel_std must be a positive number, got nan"),
         ({"norm": "group"}, "'auto', 'layer', 'batch' or 'none', got 'group'"),
         ({"scores": "cosine"}, "'dot' or 'adder', got 'cosine'"),
         ({"family": "shift"}, "unknown family 'shift'"),
