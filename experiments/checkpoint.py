@@ -19,6 +19,7 @@ Fingerprint = dict[str, Any]
 LATER: Fingerprint = {
     "dtype": "float32",
     "model_options": {},
+    "validation": 0,
     "adaptive_scaling": "auto",
     "adder_rate": 10.0,
 }

@@ -93,6 +93,12 @@ class TrainConfig:
         metavar="PIXELS",
     )
     limit_train: int | None = _option(None, "data", "train on the first N images only", metavar="N")
+    validation: int = _option(
+        0,
+        "data",
+        "hold the last N training images back and test on them, as a search for good options must",
+        metavar="N",
+    )
     image_memory: float = _option(
         4.0,
         "data",
@@ -180,6 +186,7 @@ class TrainConfig:
                       "adder_rate", "checkpoint_every", "devices", "num_processes"):  # fmt: skip
             self._check_number(field, positive=True)
         for field in (
+            "validation",
             "image_memory",
             "weight_decay",
             "warmup_epochs",

@@ -24,6 +24,7 @@ def load(
     *,
     image_size: int | None = None,
     limit_train: int | None = None,
+    validation: int = 0,
     image_memory: float = 4.0,
 ) -> Dataset:
     """Reads a data set.
@@ -34,6 +35,8 @@ def load(
         image_size: images of another size are resized to this one. Digits are 8 x 8 and are
             enlarged to 28 x 28 where none is given, the size that LeNet-5 is made for.
         limit_train: number of training images to keep, from the first.
+        validation: number of training images, the last ones, that take the place of the test
+            images. They are held back before `limit_train` counts the others.
         image_memory: in GiB. A split of tfds: that is larger is read while it is used.
 
     Raises:
@@ -52,6 +55,8 @@ def load(
         image_size = 28
     if image_size is not None and not name.startswith("tfds:"):
         dataset = resized(dataset, image_size)
+    if validation:
+        dataset = _held_back(dataset, validation)
     if limit_train is not None:
         if limit_train > len(dataset.train_images):
             raise UserError(
@@ -64,6 +69,22 @@ def load(
             train_labels=dataset.train_labels[:limit_train],
         )
     return dataset
+
+
+def _held_back(dataset: Dataset, count: int) -> Dataset:
+    """The last training images in place of the test images."""
+    if count >= len(dataset.train_images):
+        raise UserError(
+            f"--validation {count}: {dataset.name} has {len(dataset.train_images)} training images"
+        )
+    return dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[:-count],
+        train_labels=dataset.train_labels[:-count],
+        test_images=dataset.train_images[-count:],
+        test_labels=dataset.train_labels[-count:],
+        note=f"tested on the last {count} training images",
+    )
 
 
 # -- digits ----------------------------------------------------------------------------------------

@@ -76,11 +76,12 @@ def train(plans: Mapping[str, TrainConfig], place: Place) -> list[Trained]:
     datasets: dict[tuple[Any, ...], Dataset] = {}
     done = []
     for label, config in plans.items():
-        source = (config.dataset, config.data_dir, config.image_size, config.limit_train)
+        source = (config.dataset, config.data_dir, config.image_size, config.limit_train,
+                  config.validation)  # fmt: skip
         if source not in datasets:
             datasets[source] = load(
                 config.dataset, config.data_dir, image_size=config.image_size,
-                limit_train=config.limit_train, image_memory=config.image_memory,
+                limit_train=config.limit_train, validation=config.validation, image_memory=config.image_memory,
             )  # fmt: skip
         dataset = datasets[source]
         name = re.sub(r"[^\w.+-]+", "-", label).strip("-")

@@ -209,6 +209,16 @@ def test_empty_idx(tmp_path: Path) -> None:
         read_idx(path, dims=3)
 
 
+def test_validation_images_are_the_last_training_images(mnist_folder: Path) -> None:
+    whole = load("mnist", str(mnist_folder))
+    held = load("mnist", str(mnist_folder), validation=6, limit_train=10)
+    np.testing.assert_array_equal(held.train_images, whole.train_images[:10])
+    np.testing.assert_array_equal(held.test_images, whole.train_images[14:])
+    np.testing.assert_array_equal(held.test_labels, whole.train_labels[14:])
+    with pytest.raises(UserError, match="--validation 20: mnist has 20 training images"):
+        load("mnist", str(mnist_folder), validation=20)
+
+
 # -- tensorflow-datasets ---------------------------------------------------------------------------
 
 
