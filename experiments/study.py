@@ -81,7 +81,8 @@ def train(plans: Mapping[str, TrainConfig], place: Place) -> list[Trained]:
         if source not in datasets:
             datasets[source] = load(
                 config.dataset, config.data_dir, image_size=config.image_size,
-                limit_train=config.limit_train, validation=config.validation, image_memory=config.image_memory,
+                limit_train=config.limit_train, validation=config.validation,
+                image_memory=config.image_memory,
             )  # fmt: skip
         dataset = datasets[source]
         name = re.sub(r"[^\w.+-]+", "-", label).strip("-")

@@ -91,7 +91,8 @@ def prepare(config: TrainConfig, command: str) -> "tuple[TrainConfig, dict[str, 
 
     dataset = load(
         config.dataset, config.data_dir, image_size=config.image_size,
-        limit_train=config.limit_train, validation=config.validation, image_memory=config.image_memory,
+        limit_train=config.limit_train, validation=config.validation,
+        image_memory=config.image_memory,
     )  # fmt: skip
     config = dataclasses.replace(config, model=build.choose_model(config.model, dataset))
     run.check_folders(config)

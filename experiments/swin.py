@@ -1,0 +1,80 @@
+"""Swin on CIFAR-10, adding and multiplying."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from experiments.command import Experiment, Place
+from experiments.config import TrainConfig
+from experiments.curves import draw
+from experiments.outcome import Outcome, Picture
+from experiments.study import (
+    TrainingOptions,
+    accuracy_table,
+    by_label,
+    train,
+    with_seeds,
+)
+
+ABOUT = """\
+Swin transformer on CIFAR-10 at equal budget: adder, its multiplying twin with the same batch norms,
+and the multiplying network as it is usually built.
+
+The sizes are those of `jadder.models.Swin`, small as in the second study. AdamW, rate 1e-3, warm-up
+and cosine, crop and flip; adder kernels take 30 times the rate and no weight decay.
+"""
+NETWORKS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "adder": {"family": ("adder",), "model_options": ("norm=batch",)},
+    "conv, batch norm": {"family": ("conv",), "model_options": ("norm=batch",)},
+    "conv": {"family": ("conv",)},
+    "euclid": {"family": ("euclid",), "model_options": ("norm=batch",)},
+})  # fmt: skip
+_TINY = ("patch_size=2", "features=8", "depths=(2,2)", "num_heads=(2,2)", "window_size=4")
+TRAINING = TrainingOptions(
+    full=TrainConfig(model="swin", dataset="cifar10", epochs=30, adder_rate=30.0),
+    smoke=TrainConfig(
+        model="swin", epochs=1, limit_train=64, batch_size=32, image_size=16, adder_rate=30.0
+    ),
+    seeds=(0, 1, 2),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--networks", nargs="+", choices=tuple(NETWORKS), metavar="NETWORK",
+        help=f"some of: {'; '.join(NETWORKS)} (default: all but the last)",
+    )  # fmt: skip
+    TRAINING.add(parser)
+
+
+def run(options: argparse.Namespace, place: Place) -> Outcome:
+    config = TRAINING.config(options)
+    names = options.networks or tuple(NETWORKS)[: 2 if options.smoke else 3]
+    plans = {name: network(config, name, tiny=options.smoke) for name in names}
+    runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)
+    curves = {label: group[0].rows for label, group in by_label(runs).items()}
+    title = f"Swin on {config.dataset}, {config.epochs} epochs"
+    draw(place.folder / "curves.png", title, curves)
+    return Outcome(
+        title,
+        tables=[accuracy_table("Accuracy after the last epoch, mean over the seeds", runs)],
+        pictures=[Picture("curves.png", "Loss and accuracy of each network's first seed")],
+        data={"runs": [one.summary() for one in runs]},
+    )
+
+
+def network(config: TrainConfig, name: str, *, tiny: bool = False) -> TrainConfig:
+    """`config` for the network of that name."""
+    changed = dataclasses.replace(config, **NETWORKS[name])
+    extra = _TINY if tiny else ()
+    return dataclasses.replace(changed, model_options=(*changed.model_options, *extra))
+
+
+EXPERIMENT = Experiment("swin", ABOUT, run, add_options)
+main = EXPERIMENT.main
+
+if __name__ == "__main__":
+    sys.exit(main())

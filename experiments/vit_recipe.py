@@ -1,0 +1,121 @@
+"""What makes adder transformers train: one change at a time from a common recipe."""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.command import Experiment, Place
+from experiments.config import TrainConfig
+from experiments.drawing import new_figure, save
+from experiments.outcome import Outcome, Picture
+from experiments.study import (
+    Trained,
+    TrainingOptions,
+    accuracy_table,
+    by_label,
+    train,
+    with_seeds,
+)
+
+ABOUT = """\
+What makes adder transformers train: the recipe, with one thing changed at a time.
+
+A fixed proxy: SimpleViT with adders in every projection, the first 20,000 training images of
+CIFAR-10, 4 epochs, batch 128, crop and flip, AdamW with rate 1e-3, warm-up and cosine; judged on
+the last 5,000 training images, which no run trains on. Every run takes all seeds of --seeds.
+The multiplying twins stand beside it: without norms, and with the norms of the adder network.
+"""
+_BASE = ("norm=batch",)
+CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "recipe": {},
+        "multiplying twin": {"family": ("conv",), "model_options": ()},
+        "multiplying twin, batch norm": {"family": ("conv",)},
+        "layer norm": {"model_options": ("norm=layer",)},
+        "no norm": {"model_options": ("norm=none",)},
+        "rate of adder kernels x1": {"adder_rate": 1.0},
+        "rate of adder kernels x10": {"adder_rate": 10.0},
+        "rate of adder kernels x100": {"adder_rate": 100.0},
+        "HT(d)": {"rule": "addernet"},
+        "sign": {"rule": "sign"},
+        "no E and F": {"model_options": (*_BASE, "scales=False")},
+        "kernels N(0, 1/4)": {"model_options": (*_BASE, "kernel_std=0.5")},
+        "kernels N(0, 4)": {"model_options": (*_BASE, "kernel_std=2.0")},
+        "kernels N(0, 9)": {"model_options": (*_BASE, "kernel_std=3.0")},
+        "identity mapping": {"model_options": (*_BASE, "identity=True")},
+        "adder scores": {"model_options": (*_BASE, "scores=adder")},
+        "adders in qkv and MLP only": {"model_options": (*_BASE, "family_parts=qkv,mlp")},
+        "SGD with adaptive scaling": {"optimizer": "sgd", "learning_rate": 0.1},
+    }
+)
+TRAINING = TrainingOptions(
+    full=TrainConfig(
+        model="vit", family=("adder",), dataset="cifar10", epochs=4, limit_train=20_000,
+        validation=5_000, model_options=_BASE, adder_rate=30.0,
+    ),
+    smoke=TrainConfig(
+        model="vit", family=("adder",), epochs=1, limit_train=64, batch_size=32, validation=64,
+        model_options=_BASE, adder_rate=30.0,
+    ),
+    seeds=(0, 1, 2),
+)  # fmt: skip
+_TINY = ("depth=1", "features=16", "num_heads=2", "mlp_features=16", "patch_size=7")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--changes", nargs="+", choices=tuple(CHANGES), metavar="CHANGE",
+        help="some of: " + "; ".join(CHANGES),
+    )  # fmt: skip
+    TRAINING.add(parser)
+
+
+def run(options: argparse.Namespace, place: Place) -> Outcome:
+    config = TRAINING.config(options)
+    names = options.changes or (tuple(CHANGES)[:2] if options.smoke else tuple(CHANGES))
+    plans = {name: dataclasses.replace(config, **CHANGES[name]) for name in names}
+    if options.smoke:
+        plans = {
+            name: dataclasses.replace(plan, model_options=(*plan.model_options, *_TINY))
+            for name, plan in plans.items()
+        }
+    runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)
+    save(picture(runs), place.folder / "ablations.png")
+    title = f"AdderViT on {config.dataset}: one change at a time"
+    return Outcome(
+        title,
+        tables=[accuracy_table("Accuracy on images held back, mean over the seeds", runs)],
+        pictures=[Picture("ablations.png", "Each change beside the recipe; a dot for each seed")],
+        data={"runs": [one.summary() for one in runs]},
+    )
+
+
+def picture(runs: Sequence[Trained]) -> Figure:
+    """A line for each change: a dot for each seed, a bar at their mean."""
+    groups = by_label(runs)
+    figure = new_figure(8, 1.2 + 0.32 * len(groups))
+    axes = figure.subplots()
+    for place, (label, group) in enumerate(groups.items()):
+        values = [100 * one.test_accuracy for one in group if one.test_accuracy is not None]
+        colour = "C0" if label == "recipe" else "C1" if "twin" in label else "0.4"
+        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.6)
+        if values:
+            axes.plot(statistics.fmean(values), place, "|", color=colour, markersize=16)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy on images held back (%)")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+EXPERIMENT = Experiment("vit_recipe", ABOUT, run, add_options)
+main = EXPERIMENT.main
+
+if __name__ == "__main__":
+    sys.exit(main())
