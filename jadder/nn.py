@@ -550,6 +550,7 @@ class AdderAttention(nnx.Module):
         inputs_v: Array | None = None,
         *,
         mask: Array | None = None,
+        bias: Array | None = None,
         sow_weights: bool = False,
     ) -> Array:
         """Attends from (..., queries, features) to (..., keys, features).
@@ -559,6 +560,7 @@ class AdderAttention(nnx.Module):
           inputs_k: what keys are projected from; default inputs_q.
           inputs_v: what values are projected from; default inputs_k.
           mask: broadcastable to (..., num_heads, queries, keys); False where not to look.
+          bias: broadcastable to the same; added to the scores.
           sow_weights: whether to sow the attention map as ``attention_weights``, for
             ``nnx.capture(layer, nnx.Intermediate)``.
         """
@@ -573,6 +575,8 @@ class AdderAttention(nnx.Module):
             )
         )
         logits = self._logits(query, key)
+        if bias is not None:
+            logits = logits + bias
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
         weights = jax.nn.softmax(logits)

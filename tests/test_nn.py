@@ -166,6 +166,16 @@ class TestAttention:
             layer(self.x, mask=causal)[:, :7], layer(changed, mask=causal)[:, :7], rtol=1e-5
         )
 
+    @pytest.mark.parametrize("scores", ["dot", "adder"])
+    def test_a_bias_of_minus_infinity_is_a_mask(self, scores):
+        layer = jadder.AdderAttention(3, 9, scores=scores, rngs=nnx.Rngs(0))
+        causal = nnx.make_causal_mask(self.x[..., 0])
+        bias = np.where(causal, 0.5, -np.inf)
+        np.testing.assert_allclose(
+            layer(self.x, bias=bias), layer(self.x, mask=causal), rtol=1e-5, atol=1e-6
+        )
+        assert not np.allclose(layer(self.x, mask=causal), layer(self.x))
+
     def test_cross_attention_and_sown_weights(self):
         layer = jadder.AdderAttention(3, 9, rngs=nnx.Rngs(0))
         forward = nnx.capture(layer, nnx.Intermediate)

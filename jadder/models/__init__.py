@@ -18,6 +18,7 @@ from jadder.models.resnet import (
     resnet34,
     resnet50,
 )
+from jadder.models.swin import Swin
 from jadder.models.torch_state import load_torch_state
 from jadder.models.vgg import VGGSmall
 from jadder.models.vit import AdderViT
@@ -33,6 +34,7 @@ __all__ = [
     "LayerNorm",
     "LeNet5",
     "ResNet",
+    "Swin",
     "VGGSmall",
     "create",
     "get_family",
@@ -47,6 +49,7 @@ __all__ = [
 
 _FOR_ONE_IMAGE_SIZE: Mapping[str, Callable[..., nnx.Module]] = {
     "lenet5": LeNet5,
+    "swin": Swin,
     "vgg_small": VGGSmall,
     "vit": AdderViT,
 }
@@ -65,8 +68,8 @@ def names() -> tuple[str, ...]:
     """The names that ``create`` knows.
 
     Example:
-      >>> names()
-      ('lenet5', 'resnet18', 'resnet20', 'resnet32', 'resnet34', 'resnet50', 'vgg_small', 'vit')
+      >>> [name for name in names() if not name.startswith("resnet")]
+      ['lenet5', 'swin', 'vgg_small', 'vit']
     """
     return tuple(sorted(MODELS))
 
