@@ -16,7 +16,7 @@ RULES = ("default", "addernet", "adder_vit", "sign")
 # Those of jadder.implementations, which takes a second to import.
 IMPLEMENTATIONS = ("xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "reference")
 DTYPES = ("float32", "bfloat16", "float64")
-AUGMENTATIONS = ("standard", "none")
+AUGMENTATIONS = ("standard", "randaugment", "none")
 SCALINGS = ("auto", "on", "off")
 
 # Options that say where a run lies, where it is computed and how it is watched. A run can be
@@ -109,7 +109,8 @@ class TrainConfig:
     augment: str = _option(
         "standard",
         "data",
-        "'standard' shifts and mirrors training images at random, where that suits the data set",
+        "what happens to training images at random: 'standard' shifts and mirrors them, where that "
+        "suits the data set; 'randaugment' does RandAugment(2, 14) before that",
         choices=AUGMENTATIONS,
     )
 

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from experiments.augment import normalize, random_crop, random_flip
 from experiments.dataset import Dataset
 from experiments.devices import Devices
+from experiments.randaugment import random_augment
 
 State = dict[str, Any]
 """A run's whole state, a tree of arrays:
@@ -78,6 +79,7 @@ def make_train_step(
     `x` and `y` are the images and labels of a batch, sharded; state and sums are replicated.
     Whatever is random in a step comes from `seed` and the step's number, so a run that was
     interrupted goes on with the same numbers, on any devices. The state's buffers are donated.
+    `augment` is one of `config.AUGMENTATIONS`.
     `dtype` is that of the images that the model takes, and of the loss.
     """
     mean, std = (jnp.asarray(m, dtype) for m in (dataset.mean, dataset.std))
@@ -93,6 +95,8 @@ def make_train_step(
     def step(state: State, x: jax.Array, y: jax.Array) -> tuple[State, Any]:
         if augment != "none":
             key = jax.random.fold_in(jax.random.key(seed), state["step"])
+            if augment == "randaugment":
+                x = random_augment(jax.random.fold_in(key, 0), x)
             crop_key, flip_key = jax.random.split(key)
             x = random_crop(crop_key, x, dataset.crop_padding)
             x = random_flip(flip_key, x) if dataset.flip else x

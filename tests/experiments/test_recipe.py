@@ -5,13 +5,15 @@ import math
 import shlex
 from typing import Any, get_args
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.config import IMPLEMENTATIONS, TrainConfig, make_parser, parse
 from experiments.errors import UserError
-from experiments.optimizer import Recipe, choose, warmup_cosine
+from experiments.optimizer import Recipe, choose, make, warmup_cosine
 from jadder.implementations import Implementation
 
 
@@ -102,6 +104,36 @@ def test_names_tell_runs_apart() -> None:
 )
 def test_recipe(changes: dict[str, Any], recipe: Recipe) -> None:
     assert choose(TrainConfig(**changes)) == recipe
+
+
+def first_updates(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Of an adder kernel and another parameter, at a rate of 0.1 without weight decay."""
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.0, **changes)
+    params = {"adder": jnp.ones((2, 2)), "other": jnp.ones(3)}
+    gradients = {"adder": jnp.full((2, 2), 4.0), "other": jnp.full(3, 4.0)}
+    mask = {"adder": True, "other": False}
+    tx = make(config, choose(config), lambda step: 0.1, mask)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    return {name: np.asarray(update) for name, update in updates.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "adder", "other"),
+    [
+        # ‖g‖ is 8 and √k is 2: AdderNet's step is η · 2 / 8 · 4 = η.
+        ({"optimizer": "sgd"}, -0.02, -0.4),
+        ({"optimizer": "sgd", "eta": 0.5}, -0.05, -0.4),
+        ({"optimizer": "sgd", "adaptive_scaling": "off"}, -0.4, -0.4),
+        # Adam's first step is the rate, whatever the gradient.
+        ({"optimizer": "adamw"}, -1.0, -0.1),
+        ({"optimizer": "adamw", "adder_rate": 3.0}, -0.3, -0.1),
+        ({"optimizer": "adamw", "adder_rate": 3.0, "adaptive_scaling": "on"}, -0.3, -0.1),
+    ],
+)
+def test_sizes_of_steps(changes: dict[str, Any], adder: float, other: float) -> None:
+    updates = first_updates(**changes)
+    np.testing.assert_allclose(updates["adder"], np.full((2, 2), adder), rtol=1e-5)
+    np.testing.assert_allclose(updates["other"], np.full(3, other), rtol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)

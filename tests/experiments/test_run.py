@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.checkpoint import checksum
-from experiments.config import TrainConfig
+from experiments.config import AUGMENTATIONS, TrainConfig
 from experiments.data import load
 from experiments.dataset import Dataset
 from experiments.errors import UserError
@@ -105,6 +106,25 @@ def test_result_and_files(whole: Run) -> None:
     assert result["test_accuracy"] * 42 == pytest.approx(round(result["test_accuracy"] * 42))
     steps = sorted(int(path.name) for path in (whole.folder / "checkpoints").iterdir())
     assert steps == [14, 21]
+
+
+@pytest.fixture
+def _quick_compiler() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_augmentations_are_different_and_repeatable(dataset: Dataset, tmp_path: Path) -> None:
+    def after_one_step(name: str, augment: str) -> str:
+        run = start(tmp_path / name, dataset, augment=augment)
+        state, _ = run.train_step(run.state, *run._batch(np.arange(16, dtype=np.int32), 0))
+        return checksum(state["params"])
+
+    ends = {augment: after_one_step(augment, augment) for augment in AUGMENTATIONS}
+    assert len(set(ends.values())) == 3
+    assert after_one_step("again", "randaugment") == ends["randaugment"]
 
 
 def test_evaluation_agrees_with_the_model(whole: Run, dataset: Dataset) -> None:
