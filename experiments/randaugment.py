@@ -4,9 +4,15 @@ The fourteen operations, their order and their magnitudes in 31 steps are those 
 ``RandAugment`` (torchvision/transforms/autoaugment.py) on PIL images, with its defaults: nearest
 neighbours, black where nothing comes from. Pixels are those of Pillow's operations.
 
-No library does this inside a JAX program: keras 3.15's ``RandAugment`` takes one choice of
-operations for a whole batch and draws their strengths, dm-pix 0.4 and augmax 0.4 lack half of the
-operations, and Pillow itself is for the host.
+No library does this inside a JAX program. keras 3.15's ``RandAugment`` takes one choice of
+operations for a whole batch and draws their strengths; dm-pix 0.4 and augmax 0.4 have neither it
+nor posterize, sharpness, autocontrast and equalize. albumentations 2.0 lacks it, imgaug 0.4 uses
+what NumPy 2 no longer has; both are for the host, as Pillow is.
+
+Adder-ViT calls a ``RandAugment(2, 14)`` of its own, from a file that is not in its repository. The
+file, class and call are named as in kentaroy47/vision-transformers-cifar10, which has sixteen
+operations of other strengths: it translates by 100 / 30 pixels for each step of magnitude, which
+at 14 leaves nothing of 32 x 32 pixels. Whether Adder-ViT's did is not known, and not done here.
 """
 
 import dataclasses

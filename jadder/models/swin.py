@@ -171,14 +171,16 @@ class Swin(nnx.Module):
     is along a side, nothing is shifted along it. There is no stochastic depth.
 
     Adder-ViT trained a "weakened" Swin on CIFAR-10. Its model file (github.com/MTDoven/Adder-ViT)
-    has the features, depths and heads that are the defaults here, where Swin-T has 96 features;
-    heads have 32 features, so that they are 96 together in its first stage. The image, patch and
-    window sizes of its runs are not published (those in the file, patches of 4 and windows of 7,
-    need images of 224): patches of 2 and windows of 4 are our choice for 32 x 32. Its network
-    differs from this one, which is Liu et al.'s: one table of biases for all heads, no layer norm
-    before merging and after the embedding, one product and norm for query, key and value, and a
-    shift even where there is one window. It adds in the embedding, which ``multiply_ends=False``
-    does together with the head, and multiplies in 'out', as ``family_parts="qkv,mlp,merging"``.
+    has the features, depths and heads that are the defaults here. Swin-T has 96 features instead
+    of 80; heads have 32 features in both, so those of the first stage have 96 together. The image,
+    patch and window sizes of its runs are not published (those in the file, patches of 4 and
+    windows of 7, need images of 224): patches of 2 and windows of 4 are our choice for 32 x 32.
+
+    The network here is Liu et al.'s without biases in the attention's projections. Adder-ViT's
+    differs: one table of biases for all heads, no layer norm before merging and after the
+    embedding, one product and norm for query, key and value together, a shift even where there is
+    one window. It adds in the embedding, which ``multiply_ends=False`` does together with the
+    head, and multiplies in 'out', as ``family_parts="qkv,mlp,merging"`` does.
 
     Args:
       num_classes: size of the logits.
