@@ -53,7 +53,12 @@ TRAINING = TrainingOptions(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["adder", "conv"])
+    parser.add_argument(
+        "--families",
+        nargs="+",
+        choices=FAMILIES,
+        help="(default: adder conv; of the small size adder)",
+    )
     TRAINING.add(parser)
 
 
@@ -62,7 +67,8 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     if options.smoke and options.dataset is None:
         write_stand_in(place.folder / "data")
         config = dataclasses.replace(config, data_dir=str(place.folder / "data"))
-    plans = with_seeds(families(config, options.families), TRAINING.chosen_seeds(options))
+    names = options.families or (["adder"] if options.smoke else ["adder", "conv"])
+    plans = with_seeds(families(config, names), TRAINING.chosen_seeds(options))
     runs = train(plans, place)
     curves = {label: group[0].rows for label, group in by_label(runs).items()}
     draw(place.folder / "curves.png", f"SimpleViT on {config.dataset}", curves)

@@ -9,6 +9,9 @@ import jadder.optim
 from experiments.config import TrainConfig
 
 
+TRANSFORMERS = ("vit", "swin")
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """An optimizer with nothing left open."""
@@ -22,7 +25,7 @@ def choose(config: TrainConfig) -> Recipe:
     """Fills in what the configuration leaves to the model: adamw for transformers, else sgd."""
     name = config.optimizer
     if name == "auto":
-        name = "adamw" if "vit" in config.model else "sgd"
+        name = "adamw" if config.model in TRANSFORMERS else "sgd"
     rate, decay = {"sgd": (0.1, 5e-4), "adamw": (1e-3, 0.05)}[name]
     return Recipe(
         name,

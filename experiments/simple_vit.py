@@ -83,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, place: Place) -> Outcome:
     config = TRAINING.config(options)
-    names = options.variants or (("multi", "final_batch") if options.smoke else tuple(VARIANTS))
+    names = options.variants or (("final_batch",) if options.smoke else tuple(VARIANTS))
     rates = options.rates or ([1e-3] if options.smoke else [3e-4, 1e-3, 3e-3])
     plans = {name: variant(config, name, tiny=options.smoke) for name in names}
     found = train(searches(plans, rates, options), place)

@@ -97,7 +97,8 @@ def test_names_tell_runs_apart() -> None:
     ("changes", "recipe"),
     [
         ({"model": "resnet20"}, Recipe("sgd", 0.1, 5e-4)),
-        ({"model": "adder_vit"}, Recipe("adamw", 1e-3, 0.05)),
+        ({"model": "vit"}, Recipe("adamw", 1e-3, 0.05)),
+        ({"model": "swin"}, Recipe("adamw", 1e-3, 0.05)),
         ({"model": "resnet20", "optimizer": "adamw"}, Recipe("adamw", 1e-3, 0.05)),
         ({"learning_rate": 0.3, "weight_decay": 0.0}, Recipe("sgd", 0.3, 0.0)),
     ],
