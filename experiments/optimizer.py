@@ -8,7 +8,6 @@ import optax
 import jadder.optim
 from experiments.config import TrainConfig
 
-
 TRANSFORMERS = ("vit", "swin")
 
 
