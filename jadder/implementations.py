@@ -10,20 +10,21 @@ import jax.numpy as jnp
 from jadder.kernels import cpu, reference, xla
 from jadder.kernels.by_platform import ByPlatform
 from jadder.kernels.interface import Kernels
+from jadder.kernels.partitioned import Partitioned
 from jadder.kernels.spec import ConvSpec
 
 Implementation = Literal["xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "reference"]
 
 _KERNELS: Mapping[str, Kernels] = MappingProxyType(
     {
-        "xla": xla,
-        "cpu": cpu.CpuKernels(),
-        "cpu_fast": cpu.CpuKernels(fast=True),
+        "xla": Partitioned(xla),
+        "cpu": Partitioned(cpu.CpuKernels()),
+        "cpu_fast": Partitioned(cpu.CpuKernels(fast=True)),
         "reference": reference,
     }
 )
 _MOSAIC = {"mosaic_gpu": "MosaicGpuKernels", "mosaic_tpu": "MosaicTpuKernels"}
-_BEST = ByPlatform(cpu=_KERNELS["cpu"], default=xla)
+_BEST = Partitioned(ByPlatform(cpu=cpu.CpuKernels(), default=xla))
 
 
 class Availability(NamedTuple):
@@ -93,7 +94,7 @@ def select(
     if refusal is None:
         return kernels
     if implementation is None:
-        return xla
+        return _KERNELS["xla"]
     raise ValueError(f"{name}: implementation={implementation!r} cannot be used: {refusal}")
 
 

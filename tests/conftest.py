@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # Before any array exists: sharding tests need several devices, and one more costs nothing.
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 
 # Compilation makes the first example of each shape slow, whatever the example.
 settings.register_profile(
