@@ -164,7 +164,21 @@ def _lower(context: mlir.LoweringRuleContext, *operands: Any, product: Product) 
         # Any devices will do: a partitioned program has their positions only.
         axes = mlir.ShardingContext(len(devices), tuple(devices))
         context = context.replace(module_context=context.module_context.replace(axis_context=axes))
-    return mlir.lower_fun(function, multiple_results=False)(context, *operands)
+    kept = context.module_context.keepalives
+    before = len(kept)
+    result = mlir.lower_fun(function, multiple_results=False)(context, *operands)
+    kept[before:] = [_ForCompiler(kept[before:])] if kept[before:] else []
+    return result
+
+
+class _ForCompiler:
+    """What a compiled program keeps only because it has been compiled, so it is not pickled."""
+
+    def __init__(self, kept: Sequence[Any] = ()):
+        self.kept = kept
+
+    def __reduce__(self) -> Any:
+        return _ForCompiler, ()
 
 
 def _partitioned_over(module: mlir.ModuleContext) -> Sequence[jax.Device] | None:
