@@ -90,9 +90,7 @@ class ByName(abc.ABC):
         out_dtype: DTypeLike,
         precision: lax.PrecisionLike = None,
     ) -> Array:
-        return self._call(
-            "matmul_dx", x, w, g, clip=clip, out_dtype=out_dtype, precision=precision
-        )
+        return self._call("matmul_dx", x, w, g, clip=clip, out_dtype=out_dtype, precision=precision)
 
     def matmul_dw(
         self,
@@ -104,9 +102,7 @@ class ByName(abc.ABC):
         out_dtype: DTypeLike,
         precision: lax.PrecisionLike = None,
     ) -> Array:
-        return self._call(
-            "matmul_dw", x, w, g, clip=clip, out_dtype=out_dtype, precision=precision
-        )
+        return self._call("matmul_dw", x, w, g, clip=clip, out_dtype=out_dtype, precision=precision)
 
     def conv(self, x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
         return self._call("conv", x, w, spec=spec, out_dtype=out_dtype)

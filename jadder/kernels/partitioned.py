@@ -49,7 +49,7 @@ class Partitioned(ByName):
     kernels: Kernels
 
     def _call(self, function: str, *operands: Array, **options: Any) -> Array:
-        wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+        wide = bool(jax.config.jax_enable_x64)
         product = Product(self.kernels, function, tuple(options.items()), wide)
         if jax.sharding.get_abstract_mesh().manual_axes:
             return product(*operands)
@@ -166,7 +166,8 @@ def _lower(context: mlir.LoweringRuleContext, *operands: Any, product: Product) 
         context = context.replace(module_context=context.module_context.replace(axis_context=axes))
     kept = context.module_context.keepalives
     before = len(kept)
-    result = mlir.lower_fun(function, multiple_results=False)(context, *operands)
+    with jax.enable_x64(product.wide):
+        result = mlir.lower_fun(function, multiple_results=False)(context, *operands)
     kept[before:] = [_ForCompiler(kept[before:])] if kept[before:] else []
     return result
 
@@ -220,8 +221,14 @@ def _explicit_plan(
     layout = product.layout(operands)
     shardings = [_sharding(each) for each in operands]
     chosen = plan(layout, mesh.shape, shardings)
+    result = chosen.sharding(layout.result)
     of = gradient_of(product.function)
-    return chosen, chosen.sharding(layout.result) if of is None else shardings[of]
+    if of is None:
+        return chosen, result
+    own = dict(zip(layout.operands[of], shardings[of], strict=True))
+    taken = {axis for axes in own.values() for axis in axes}
+    mapped = (() if taken.intersection(axes) else axes for axes in result)
+    return chosen, tuple(map(own.get, layout.result, mapped))
 
 
 def _on_explicit_axes(product: Product, mesh: AbstractMesh) -> Callable[..., Array]:
@@ -313,9 +320,7 @@ def _sharding_rule(layout: Layout) -> SdyShardingRule:
     )
 
 
-def _shardings(
-    arrays: Sequence[Any], devices: Sequence[jax.Device]
-) -> tuple[Mesh, list[Sharding]]:
+def _shardings(arrays: Sequence[Any], devices: Sequence[jax.Device]) -> tuple[Mesh, list[Sharding]]:
     """A mesh whose axes name how the compiler shards all of the arrays, and their shardings.
 
     The compiler knows no axes, only which device holds which block; and a program may have several

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jadder
 from experiments.checkpoint import Checkpoints
 from experiments.config import parse
 from experiments.data import load
@@ -63,8 +65,8 @@ def precision(dtype: str) -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compiler() -> Iterator[None]:
     """Compiling takes most of the time here; the programs are tiny."""
-    if jax.local_device_count() != 4:
-        pytest.skip("needs the four devices that tests/conftest.py makes of a CPU")
+    if jax.local_device_count() != 8:
+        pytest.skip("needs the eight devices that tests/conftest.py makes of a CPU")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -148,14 +150,27 @@ def test_devices_share_batches(whole: Whole, dataset: Dataset, tmp_path: Path) -
     assert_same(run, run.state, whole("float32"))
 
 
-def test_stop_on_four_devices_and_go_on_with_one(
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_a_step_gathers_nothing(implementation: str, dataset: Dataset, tmp_path: Path) -> None:
+    """Products of a device's own images, and sums over all devices: gradients and statistics."""
+    found = jadder.implementations()[implementation]
+    if not found.available:
+        pytest.skip(found.about)
+    run = start(tmp_path, dataset, implementation=implementation, augment=True)
+    batch = run._batch(np.arange(8, dtype=np.int32), 0)
+    program = run.train_step.lower(run.state, *batch).compile().as_text()
+    names = "all-reduce|all-gather|all-to-all|reduce-scatter|ragged-all-to-all|collective-[a-z]+"
+    assert set(re.findall(rf" ({names})(?:-start)?\(", program)) == {"all-reduce"}
+
+
+def test_stop_on_eight_devices_and_go_on_with_one(
     whole: Whole, dataset: Dataset, tmp_path: Path
 ) -> None:
     expected = whole("float64")
     with precision("float64"):
         # Within the second epoch: the first one asks twice, and twice while it is evaluated.
         with pytest.raises(Interrupted, match="stopped after 3 of 4 steps"):
-            start(tmp_path, dataset, dtype="float64", devices=4).train(StopAfter(5))
+            start(tmp_path, dataset, dtype="float64", devices=8).train(StopAfter(5))
         run = start(tmp_path, dataset, dtype="float64", devices=1, resume=True)
         run.train(StopAfter())
         assert_same(run, run.state, expected)
@@ -347,8 +362,8 @@ def test_processes_agree_and_fail_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"batch_size": 9}, "--batch-size 9 is not a multiple of the 4 devices"),
-        ({"devices": 5}, "--devices 5: this process has 4"),
+        ({"batch_size": 9}, "--batch-size 9 is not a multiple of the 8 devices"),
+        ({"devices": 9}, "--devices 9: this process has 8"),
         ({"dtype": "float64"}, "--dtype float64 needs the environment variable JAX_ENABLE_X64=1"),
     ],
 )

@@ -1,6 +1,5 @@
 """Products of sharded arrays: each device computes with what it holds, and sums are all-reduced."""
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadder
-from jadder import SIGN, GradientRule, adder_conv, adder_matmul
+from jadder import ADDERNET, SIGN, GradientRule, adder_conv, adder_dot_general, adder_matmul
 from jadder.kernels import cpu, xla
 from jadder.kernels.partitioned import Partitioned
 from jadder.kernels.spec import ConvSpec
@@ -31,10 +31,67 @@ IMPLEMENTATIONS = [
     )
     for name in ("xla", "cpu")
 ]
-RULES = [
-    pytest.param(GradientRule(), id="published"),
-    pytest.param(GradientRule((4, 1), (1, 2)), id="bounded"),
-]
+BOUNDED = GradientRule((4, 1), (1, 2))
+"""A rule of which no gradient is a matrix product."""
+PUBLISHED = ADDERNET
+TOLERANCES = {"float64": 1e-9, "float32": 3e-5}
+"""Between one device and eight, of an array's largest value."""
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options with which the compiler spends less time on each device's own program."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _eight_devices():
+    if len(jax.devices()) != 8:
+        pytest.skip("needs the eight devices that tests/conftest.py makes of a CPU")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """An implementation, in float64 if it has it."""
+    with jax.enable_x64(request.param == "xla"):
+        yield request.param
+
+
+def two_axes(axis_type=AxisType.Auto):
+    return jax.make_mesh((4, 2), ("i", "j"), axis_types=(axis_type,) * 2)
+
+
+def put(mesh, *arrays_and_specs):
+    dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
+    return tuple(
+        jax.device_put(
+            array.astype(dtype) if array.dtype.kind == "f" else array, NamedSharding(mesh, spec)
+        )
+        for array, spec in arrays_and_specs
+    )
+
+
+def whole(*arrays):
+    """The same arrays on one device, with nothing said of a mesh."""
+    return tuple(jnp.asarray(np.asarray(array)) for array in arrays)
+
+
+def agree(actual, expected):
+    tolerance = TOLERANCES["float64" if jax.config.jax_enable_x64 else "float32"]
+
+    def compare(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max(initial=1))
+
+    jax.tree.map(compare, actual, expected)
+
+
+def compiled(function, *operands):
+    return jax.jit(function).lower(*operands).compile(QUICK)
+
+
+def collectives(program):
+    names = "all-reduce|all-gather|all-to-all|reduce-scatter|ragged-all-to-all|collective-[a-z]+"
+    return re.findall(rf" ({names})(?:-start)?\(", program.as_text())
+
+
+# -- What is shared out, and what it costs ---------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,123 +110,165 @@ MATMULS = {
     "contraction": Case(P(None, "i"), P("i"), P(), ("y",)),
     "batch, features": Case(P("i"), P(None, "j"), P("i", "j"), ("dx", "dw")),
     "batch, contraction": Case(P("i", "j"), P("j"), P("i"), ("y", "dw")),
-    "batch over two axes": Case(P(("i", "j")), P(), P(("i", "j")), ("dw",)),
+    "features, contraction": Case(P(None, "j"), P("j", "i"), P(None, "i"), ("y", "dx")),
+    "batch over two axes": Case(P(("j", "i")), P(), P(("j", "i")), ("dw",)),
 }
-
-
-def _last(x, w, y):
-    """Shardings of the images and of the last dimensions, as a convolution's."""
-    return P(x[0], None, None, x[1]), P(None, None, *w), P(y[0], None, None, y[1])
-
-
 CONVS = {
-    "batch": Case(P("i"), P(), P("i"), ("dw",)),
-    "features": Case(*_last((None, None), (None, "i"), (None, "i")), ("dx",)),
-    "contraction": Case(*_last((None, "i"), ("i", None), (None, None)), ("y",)),
-    "batch, features": Case(*_last(("i", None), (None, "j"), ("i", "j")), ("dx", "dw")),
+    name: Case(
+        P(*case.x[:1], None, None, *case.x[1:]),
+        P(None, None, *case.w),
+        P(*case.y[:1], None, None, *case.y[1:]),
+        case.summed,
+    )
+    for name, case in MATMULS.items()
 }
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    """An implementation, in float64 if it has it."""
-    with jax.enable_x64(request.param == "xla"):
-        yield request.param
-
-
-def two_axes(axis_type):
-    half = len(jax.devices()) // 2
-    return jax.make_mesh((half, 2), ("i", "j"), axis_types=(axis_type,) * 2)
-
-
-def put(mesh, *arrays_and_specs):
-    dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
-    return tuple(
-        jax.device_put(array.astype(dtype), NamedSharding(mesh, spec))
-        for array, spec in arrays_and_specs
+def operands_of(product):
+    return (
+        normal(0, (16, 8), (8, 16))
+        if product == "matmul"
+        else normal(0, (8, 4, 3, 8), (2, 2, 8, 8))
     )
 
 
-def whole(*arrays):
-    """The same arrays on one device, with nothing said of a mesh."""
-    return tuple(jnp.asarray(np.asarray(array)) for array in arrays)
+def function_of(product, implementation, rule=BOUNDED):
+    function = {"matmul": adder_matmul, "conv": adder_conv}[product]
+    return functools.partial(function, rule=rule, implementation=implementation)
 
 
-def agree(actual, expected):
-    """To 1e-9 in float64, and in float32 to 3e-5 of the largest value."""
-    tolerance = 1e-9 if jax.config.jax_enable_x64 else 3e-5
-
-    def compare(a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max(initial=1))
-
-    jax.tree.map(compare, actual, expected)
-
-
-def collectives(compiled):
-    names = (
-        "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
-    )
-    return re.findall(rf" ({names})(?:-start)?\(", compiled.as_text())
-
-
-def check_passes(product, case, mesh, x, w):
-    """The three passes, one program each: their numbers, and their collectives."""
-    g = np.cos(np.arange(np.prod(product(x, w).shape))).reshape(product(x, w).shape)
-    passes = {
+def passes_of(product):
+    return {
         "y": lambda x, w, g: product(x, w),
         "dx": lambda x, w, g: jax.vjp(product, x, w)[1](g)[0],
         "dw": lambda x, w, g: jax.vjp(product, x, w)[1](g)[1],
     }
-    sharded = put(mesh, (x, case.x), (w, case.w), (g, case.y))
-    for name, function in passes.items():
-        compiled = jax.jit(function).lower(*sharded).compile()
-        agree(compiled(*sharded), jax.jit(function)(*whole(*sharded)))
-        assert collectives(compiled) == ["all-reduce"] * (name in case.summed), name
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("case", MATMULS)
-def test_matmuls_gather_nothing_and_reduce_once(implementation, case, rule):
-    x, w = normal(0, (16, 8), (8, 12 * 2))
-    product = functools.partial(adder_matmul, rule=rule, implementation=implementation)
-    check_passes(product, MATMULS[case], two_axes(AxisType.Auto), x, w)
+def check_passes(product, case, mesh, x, w, single=None):
+    """The three passes, one program each: their numbers, and their collectives."""
+    single = single or product
+    x, w = put(mesh, (x, case.x), (w, case.w))
+    shape = jax.eval_shape(single, *whole(x, w)).shape
+    (g,) = put(mesh, (np.cos(np.arange(np.prod(shape))).reshape(shape), case.y))
+    expected = compiled(lambda *a: [f(*a) for f in passes_of(single).values()], *whole(x, w, g))
+    expected = expected(*whole(x, w, g))
+    for (name, function), numbers in zip(passes_of(product).items(), expected, strict=True):
+        program = compiled(function, x, w, g)
+        agree(program(x, w, g), numbers)
+        assert collectives(program) == ["all-reduce"] * (name in case.summed), name
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("case", CONVS)
-def test_convolutions_gather_nothing_and_reduce_once(implementation, case, rule):
-    x, w = normal(0, (4, 6, 5, 8), (3, 3, 8, 8))
-    product = functools.partial(
-        adder_conv, strides=2, kernel_dilation=(1, 2), rule=rule, implementation=implementation
-    )
-    check_passes(product, CONVS[case], two_axes(AxisType.Auto), x, w)
+@pytest.mark.parametrize(
+    ("axis_type", "case"),
+    [
+        *((AxisType.Auto, case) for case in MATMULS),
+        *((AxisType.Explicit, case) for case in ("batch, features", "batch, contraction")),
+        *((AxisType.Explicit, case) for case in ("features, contraction", "batch over two axes")),
+    ],
+)
+def test_matmuls_gather_nothing_and_reduce_once(implementation, axis_type, case):
+    product = function_of("matmul", implementation)
+    check_passes(product, MATMULS[case], two_axes(axis_type), *operands_of("matmul"))
 
 
-@pytest.mark.parametrize("features", [1, 2])
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(
+    ("axis_type", "case"),
+    [
+        *((AxisType.Auto, case) for case in ("batch", "features", "contraction")),
+        *((AxisType.Auto, case) for case in ("batch, features", "batch, contraction")),
+        *((AxisType.Explicit, case) for case in ("batch, features", "batch, contraction")),
+    ],
+)
+def test_convolutions_gather_nothing_and_reduce_once(implementation, axis_type, case):
+    product = function_of("conv", implementation)
+    check_passes(product, CONVS[case], two_axes(axis_type), *operands_of("conv"))
+
+
+@pytest.mark.parametrize("case", ["batch, features", "batch, contraction"])
+@pytest.mark.parametrize("product", ["matmul", "conv"])
+def test_so_do_gradients_that_are_matrix_products(implementation, product, case):
+    rule = PUBLISHED if case == "batch, features" else GradientRule((1, np.inf), (1, np.inf))
+    function = function_of(product, implementation, rule)
+    case = (MATMULS if product == "matmul" else CONVS)[case]
+    check_passes(function, case, two_axes(), *operands_of(product))
+
+
+@pytest.mark.parametrize("case", ["batch, features", "batch, contraction"])
+@pytest.mark.parametrize("product", ["matmul", "conv"])
+def test_so_do_products_in_a_shard_map(implementation, product, case):
+    summed = case.endswith("contraction")
+    case = (MATMULS if product == "matmul" else CONVS)[case]
+    single, mesh = function_of(product, implementation), two_axes()
+
+    def on_blocks(x, w):
+        return lax.psum(single(x, w), "j") if summed else single(x, w)
+
+    mapped = jax.shard_map(on_blocks, mesh=mesh, in_specs=(case.x, case.w), out_specs=case.y)
+    check_passes(mapped, case, mesh, *operands_of(product), single)
+
+
+@pytest.mark.parametrize(("channels", "features"), [(1, 1), (2, 3)])
 def test_groups_of_channels_and_features_stay_where_they_are(implementation, channels, features):
-    x, w = normal(0, (2, 5, 8 * channels), (3, channels, 8 * features))
+    x, w = normal(0, (2, 5, 8 * channels), (2, channels, 8 * features))
     case = Case(P(None, None, "i"), P(None, None, "i"), P(None, None, "i"), ())
     product = functools.partial(
         adder_conv, feature_group_count=8, rule=SIGN, implementation=implementation
     )
-    check_passes(product, case, two_axes(AxisType.Auto), x, w)
+    check_passes(product, case, two_axes(), x, w)
 
 
 def test_a_sharded_space_is_gathered_and_nothing_else(implementation):
-    x, w = put(
-        two_axes(AxisType.Auto),
-        *zip(normal(0, (4, 8, 6, 2), (3, 3, 2, 4)), (P("j", "i"), P()), strict=True),
+    x, w = normal(0, (4, 8, 6, 2), (3, 3, 2, 4))
+    x, w = put(two_axes(), (x, P("j", "i")), (w, P()))
+    product = functools.partial(adder_conv, implementation=implementation)
+    program = compiled(product, x, w)
+    agree(program(x, w), product(*whole(x, w)))
+    assert collectives(program) == ["all-gather"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu_fast", "xla", None])
+def test_bytes_and_narrow_floats(name):
+    if name and not (found := jadder.implementations()[name]).available:
+        pytest.skip(found.about)
+    case, mesh = MATMULS["batch, contraction"], two_axes()
+    x, w = normal(0, (16, 8), (8, 16))
+    narrow = functools.partial(adder_matmul, implementation=name)
+    sums = functools.partial(
+        adder_dot_general,
+        dimension_numbers=(((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.int32,
+        implementation=name,
     )
-    product = jax.jit(functools.partial(adder_conv, implementation=implementation))
-    compiled = product.lower(x, w).compile()
-    agree(compiled(x, w), product(*whole(x, w)))
-    assert collectives(compiled) == ["all-gather"]
+    for product, dtype in (
+        (sums, "int8"),
+        (sums, "uint8"),
+        (narrow, "float16"),
+        (narrow, "bfloat16"),
+    ):
+        pair = (np.asarray(jnp.asarray(3 * np.abs(a), dtype)) for a in (x, w))
+        pair = put(mesh, *zip(pair, (case.x, case.w), strict=True))
+        program = compiled(product, *pair)
+        expected = product(*whole(*pair))
+        np.testing.assert_array_equal(np.asarray(program(*pair)), np.asarray(expected))
+        assert program(*pair).dtype == expected.dtype
+        assert collectives(program) == ["all-reduce"]
+
+
+def test_explicit_axes_are_those_of_the_result_and_of_each_gradient(implementation):
+    case, mesh = MATMULS["batch, contraction"], two_axes(AxisType.Explicit)
+    x, w = put(mesh, *zip(operands_of("matmul"), (case.x, case.w), strict=True))
+    y, back = jax.vjp(function_of("matmul", implementation), x, w)
+    dx, dw = back(y)
+    assert (jax.typeof(dx), jax.typeof(dw)) == (jax.typeof(x), jax.typeof(w))
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, case.y), 2)
+
+
+# -- Shardings that fit less well ------------------------------------------------------------------
 
 
 def test_blocks_of_unequal_size_do_not_count_their_padding(implementation):
-    mesh = two_axes(AxisType.Auto)
+    mesh = two_axes()
     x, w = put(mesh, *zip(normal(0, (8, 7), (7, 8)), (P(), P()), strict=True))
 
     def product(x, w, *specs):
@@ -180,21 +279,50 @@ def test_blocks_of_unequal_size_do_not_count_their_padding(implementation):
             )
         return adder_matmul(x, w, implementation=implementation)
 
-    uneven = functools.partial(product, x, w, P(None, "i"), P("i"))
-    agree(jax.jit(uneven)(), product(*whole(x, w)))
+    uneven = compiled(lambda x, w: product(x, w, P(None, "i"), P("i")), x, w)
+    agree(uneven(x, w), product(*whole(x, w)))
 
 
 def test_a_dimension_over_part_of_an_axis(implementation):
-    """8 rows over 4 devices, split into 2 x 4: each of the new dimensions has half of the axis."""
-    mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
-    x, w = put(mesh, *zip(normal(0, (8, 3, 5), (5, 4)), (P("i"), P()), strict=True))
-    product = functools.partial(adder_matmul, implementation=implementation)
+    """8 images over 4 devices, split into 2 x 4: each new dimension has half of the axis."""
+    x, w = put(two_axes(), *zip(normal(0, (8, 3, 5), (5, 4)), (P("i"), P()), strict=True))
+    product = jax.vmap(functools.partial(adder_matmul, implementation=implementation), (0, None))
 
-    @jax.jit
     def split(x, w):
-        return jax.vmap(product, (0, None))(x.reshape(2, 4, 3, 5), w)
+        return product(x.reshape(2, 4, 3, 5), w).reshape(8, 3, 4)
 
-    agree(split(x, w), split(*whole(x, w)))
+    program = compiled(split, x, w)
+    agree(program(x, w), split(*whole(x, w)))
+    assert collectives(program) == []
+
+
+def test_numbers_of_devices_that_are_no_power_of_two(implementation):
+    x, w = normal(0, (12, 6), (6, 9))
+    for shape in ((3, 2), (2, 3)):
+        mesh = jax.make_mesh(shape, ("i", "j"), axis_types=(AxisType.Auto,) * 2)
+        pair = put(mesh, (x, P("i", "j")), (w, P("j")))
+        product = functools.partial(adder_matmul, implementation=implementation)
+        program = compiled(product, *pair)
+        agree(program(*pair), product(*whole(*pair)))
+        assert collectives(program) == ["all-reduce"]
+
+
+def test_several_meshes_in_a_program(implementation):
+    product = functools.partial(adder_matmul, implementation=implementation)
+    line = jax.make_mesh((8,), ("k",), axis_types=(AxisType.Auto,))
+    x, w = normal(0, (16, 8), (8, 8))
+    x, w = *put(two_axes(), (x, P("i"))), *put(line, (w, P()))
+    mapped = jax.shard_map(product, mesh=line, in_specs=(P("k"), P()), out_specs=P("k"))
+
+    def gradients(product, mapped):
+        return jax.grad(lambda x, w: jnp.sum(jnp.sin(product(mapped(x, w), w))), (0, 1))
+
+    program = compiled(gradients(product, mapped), x, w)
+    agree(program(x, w), jax.jit(gradients(product, product))(*whole(x, w)))
+    assert "all-gather" not in collectives(compiled(product, x, w))
+
+
+# -- Transformations -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -206,35 +334,30 @@ def test_a_dimension_over_part_of_an_axis(implementation):
         ((1, None), P(None, "i", "j"), P("j"), 1),
     ],
 )
-def test_a_mapped_dimension_stays_sharded(implementation, axes, over_x, over_w, reduced):
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_mapped_dimension_stays_sharded(implementation, axis_type, axes, over_x, over_w, reduced):
     shapes = [(8, 8) if axis is None else (4, 8, 8) for axis in axes]
     x, w = normal(0, *shapes)
     if axes[0] == 1:
         x = np.swapaxes(x, 0, 1)
-    x, w = put(two_axes(AxisType.Auto), (x, over_x), (w, over_w))
+    x, w = put(two_axes(axis_type), (x, over_x), (w, over_w))
     product = jax.vmap(functools.partial(adder_matmul, implementation=implementation), axes)
-    gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w))), (0, 1)))
-    agree(gradient(x, w), gradient(*whole(x, w)))
-    compiled = jax.jit(product).lower(x, w).compile()
-    assert collectives(compiled) == ["all-reduce"] * reduced
+    gradient = jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w))), (0, 1))
+    agree(compiled(gradient, x, w)(x, w), jax.jit(gradient)(*whole(x, w)))
+    assert collectives(compiled(product, x, w)) == ["all-reduce"] * reduced
 
 
 def test_a_mapped_convolution_stays_sharded(implementation):
-    x, w = put(
-        two_axes(AxisType.Auto),
-        *zip(normal(0, (4, 2, 6, 3), (4, 3, 3, 4)), (P("i", "j"), P("i")), strict=True),
-    )
-    product = jax.jit(jax.vmap(functools.partial(adder_conv, implementation=implementation)))
-    compiled = product.lower(x, w).compile()
-    agree(compiled(x, w), product(*whole(x, w)))
-    assert collectives(compiled) == []
+    x, w = normal(0, (4, 2, 6, 3), (4, 3, 3, 4))
+    x, w = put(two_axes(), (x, P("i", "j")), (w, P("i")))
+    product = jax.vmap(functools.partial(adder_conv, implementation=implementation))
+    program = compiled(product, x, w)
+    agree(program(x, w), product(*whole(x, w)))
+    assert collectives(program) == []
 
 
 def test_in_a_scan_of_rematerialised_steps(implementation):
-    x, w = put(
-        two_axes(AxisType.Auto),
-        *zip(normal(0, (3, 8, 4), (4, 4)), (P(None, "i"), P()), strict=True),
-    )
+    x, w = put(two_axes(), *zip(normal(0, (3, 8, 4), (4, 4)), (P(None, "i"), P()), strict=True))
     product = functools.partial(adder_matmul, implementation=implementation)
 
     @jax.checkpoint
@@ -242,64 +365,32 @@ def test_in_a_scan_of_rematerialised_steps(implementation):
         value, gradient = jax.value_and_grad(lambda w: jnp.sum(jnp.sin(product(x, w))))(w)
         return w - 0.1 * gradient, value
 
-    descend = jax.jit(lambda w, xs: lax.scan(step, w, xs))
-    agree(descend(w, x), descend(*whole(w, x)))
-    assert "all-gather" not in collectives(descend.lower(w, x).compile())
+    def descend(w, xs):
+        return lax.scan(step, w, xs)
 
-
-@pytest.mark.parametrize("is_set", [False, True])
-@pytest.mark.parametrize("case", MATMULS)
-def test_explicit_axes_are_those_of_the_result_and_of_each_gradient(implementation, case, is_set):
-    case, mesh = MATMULS[case], two_axes(AxisType.Explicit)
-    x, w = normal(0, (16, 8), (8, 8))
-    x, w = put(mesh, (x, case.x), (w, case.w))
-    product = functools.partial(adder_matmul, implementation=implementation)
-    gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w))), (0, 1)))
-    expected = gradient(*whole(x, w))
-    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
-        y, (dx, dw) = jax.jit(product)(x, w), gradient(x, w)
-    agree((dx, dw), expected)
-    assert (jax.typeof(dx), jax.typeof(dw)) == (jax.typeof(x), jax.typeof(w))
-    assert y.sharding.is_equivalent_to(NamedSharding(mesh, case.y), 2)
-
-
-def test_explicit_axes_of_a_mapped_convolution(implementation):
-    mesh = two_axes(AxisType.Explicit)
-    x, w = put(mesh, *zip(normal(0, (4, 4, 6, 2), (3, 2, 4)), (P("i", "j"), P()), strict=True))
-    product = functools.partial(adder_conv, implementation=implementation)
-    loss = jax.vmap(lambda x, w: jnp.sum(jnp.sin(product(x, w))), (0, None))
-    gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(loss(x, w)), (0, 1)))
-    agree(gradient(x, w), gradient(*whole(x, w)))
-
-
-def test_a_shard_map_beside_sharded_products(implementation):
-    mesh = two_axes(AxisType.Auto)
-    x, w = put(mesh, *zip(normal(0, (8, 4), (4, 4)), (P("i"), P()), strict=True))
-    product = functools.partial(adder_matmul, implementation=implementation)
-    mapped = jax.shard_map(product, mesh=mesh, in_specs=(P("i"), P()), out_specs=P("i"))
-    loss, whole = (
-        jax.jit(jax.grad(lambda x, w, f=f: jnp.sum(jnp.sin(product(f(x, w), w))), (0, 1)))
-        for f in (mapped, product)
-    )
-    agree(loss(x, w), whole(*whole(x, w)))
+    program = compiled(descend, w, x)
+    agree(program(w, x), descend(*whole(w, x)))
+    assert set(collectives(program)) == {"all-reduce"}
 
 
 def test_a_second_derivative_is_the_one_of_the_kernels():
     with jax.enable_x64(True):
-        x, w = put(
-            two_axes(AxisType.Auto), *zip(normal(0, (8, 4), (4, 4)), (P("i"), P()), strict=True)
-        )
+        x, w = put(two_axes(), *zip(normal(0, (8, 4), (4, 4)), (P("i"), P()), strict=True))
 
         def norm(kernels, x, w):
             options = {"out_dtype": x.dtype, "precision": lax.Precision.HIGHEST}
-            clip = Clip(1.0, 2.0)
             g = jnp.sin(x[None] @ w[None])
-            return jnp.sum(jnp.cos(kernels.matmul_dx(x[None], w[None], g, clip, **options)))
+            dx = kernels.matmul_dx(x[None], w[None], g, Clip(1.0, 2.0), **options)
+            return jnp.sum(jnp.cos(dx))
 
-        agree(
-            jax.jit(jax.grad(functools.partial(norm, Partitioned(xla)), (0, 1)))(x, w),
-            jax.jit(jax.grad(functools.partial(norm, xla), (0, 1)))(x, w),
+        bare, wrapped = (
+            compiled(jax.grad(functools.partial(norm, kernels), (0, 1)), x, w)(x, w)
+            for kernels in (xla, Partitioned(xla))
         )
+        agree(wrapped, bare)
+
+
+# -- What is as it is without partitioning ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -310,7 +401,7 @@ def test_on_one_device_the_program_is_that_of_the_kernels(native):
     spec = ConvSpec((1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
     x, w, g = (
         jax.ShapeDtypeStruct(shape, jnp.float32)
-        for shape in ((8, 16, 16, 24), (3, 3, 24, 32), (8, 16, 16, 32))
+        for shape in ((4, 8, 8, 8), (3, 3, 8, 16), (4, 8, 8, 16))
     )
 
     def step(kernels, x, w, g):
@@ -327,18 +418,86 @@ def test_on_one_device_the_program_is_that_of_the_kernels(native):
     assert operations(wrapped) == operations(bare)
 
 
-def operations(compiled):
+def operations(program):
     """How often each operation occurs."""
-    names = re.findall(r" = \S+ ([a-z][a-z0-9-]*)\(", compiled.as_text())
+    names = re.findall(r" = \S+ ([a-z][a-z0-9-]*)\(", program.as_text())
     return {name: names.count(name) for name in names}
 
 
-def test_export_for_one_device_and_with_explicit_axes():
+def is_partitioned(lowered):
+    return "CustomSPMDPartitioning" in lowered.as_text()
+
+
+def test_where_there_is_no_partitioning_the_kernels_are_used_as_they_are():
     product = functools.partial(adder_matmul, implementation="xla")
-    for mesh in (None, two_axes(AxisType.Explicit)):
-        x, w = (jnp.asarray(a, jnp.float32) for a in normal(0, (8, 4), (4, 4)))
-        expected = product(x, w)
-        if mesh is not None:
-            x, w = put(mesh, (x, P("i")), (w, P()))
-        exported = jax.export.export(jax.jit(product))(x, w)
-        agree(exported.call(x, w), expected)
+    x, w = put(two_axes(), *zip(operands_of("matmul"), (P("i"), P()), strict=True))
+    traced = jax.jit(product).trace(x, w)
+    assert is_partitioned(traced.lower())
+    assert not is_partitioned(traced.lower(lowering_platforms=("tpu",)))
+    assert not is_partitioned(jax.jit(product).lower(*whole(x, w)))
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        assert not is_partitioned(jax.jit(product).lower(x, w))
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_export_for_many_devices(axis_type):
+    product = functools.partial(adder_matmul, implementation="xla")
+    mesh = two_axes(axis_type)
+    x, w = put(mesh, *zip(operands_of("matmul"), (P("i", "j"), P("j")), strict=True))
+    exported = jax.export.export(jax.jit(product))(x, w)
+    assert exported.nr_devices == 8
+    agree(jax.jit(exported.call)(x, w), product(*whole(x, w)))
+
+
+@pytest.mark.parametrize("length", [2, 4])
+def test_lower_for_devices_that_are_not_there(length):
+    mesh = AbstractMesh((4, length), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
+    x, w = operands_of("matmul")
+    specs = (
+        jax.ShapeDtypeStruct(a.shape, np.float32, sharding=NamedSharding(mesh, spec))
+        for a, spec in ((x, P("i", "j")), (w, P("j")))
+    )
+    product = functools.partial(adder_matmul, implementation="xla")
+    lowered = jax.jit(product).trace(*specs).lower(lowering_platforms=("cpu",))
+    if mesh.size == len(jax.devices()):
+        program = lowered.compile(QUICK, device_assignment=tuple(jax.devices()))
+        assert collectives(program) == ["all-reduce"]
+        pair = put(two_axes(), (x, P("i", "j")), (w, P("j")))
+        agree(program(*pair), product(*whole(*pair)))
+
+
+def test_traced_with_float64_and_lowered_without():
+    product = functools.partial(adder_matmul, implementation="xla")
+    with jax.enable_x64(True):
+        x, w = put(two_axes(), *zip(operands_of("matmul"), (P("i"), P()), strict=True))
+        traced, expected = jax.jit(product).trace(x, w), product(*whole(x, w))
+    program = traced.lower().compile(QUICK)
+    with jax.enable_x64(True):
+        agree(program(x, w), expected)
+
+
+def test_a_compiled_program_can_be_kept_in_a_file():
+    product = functools.partial(adder_matmul, implementation="xla")
+    x, w = put(two_axes(), *zip(operands_of("matmul"), (P("i"), P()), strict=True))
+    loaded = deserialize_and_load(
+        *serialize(compiled(product, x, w)), execution_devices=jax.devices()
+    )
+    agree(loaded(x, w), product(*whole(x, w)))
+
+
+def test_without_their_pointers_programs_are_told_apart_by_name():
+    """What jax_remove_custom_partitioning_ptr_from_cache_key=True relies on."""
+    x, w = put(two_axes(), *zip(operands_of("matmul"), (P("i"), P()), strict=True))
+
+    def text(rule):
+        jax.clear_caches()
+        product = functools.partial(adder_matmul, rule=rule, implementation="xla")
+        lowered = jax.jit(lambda x, w: jax.grad(lambda x: product(x, w).sum())(x)).lower(x, w)
+        assert is_partitioned(lowered)
+        return re.sub(r'backend_config = "\d+"', "", lowered.as_text())
+
+    assert text(BOUNDED) == text(BOUNDED)
+    assert text(BOUNDED) != text(SIGN)
