@@ -11,8 +11,11 @@ shared out, for a block of an image would need its neighbours' edges.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from jadder.kernels.spec import ConvSpec
 
@@ -52,8 +55,8 @@ class Layout(NamedTuple):
     @property
     def summed(self) -> frozenset[str]:
         """The indices that only operands have, without those that are whole everywhere."""
-        operands = {index for dimensions in self.operands for each in dimensions for index in each}
-        return operands - {index for each in self.result for index in each} - self.whole
+        operands = (index for dimensions in self.operands for each in dimensions for index in each)
+        return frozenset(operands) - {i for each in self.result for i in each} - self.whole
 
     def shape(self, dimensions: Dimensions) -> tuple[int, ...]:
         """The shape of an array that has these dimensions."""
@@ -166,3 +169,57 @@ def plan(
                 chosen[index] = fitting
                 free.difference_update(fitting)
     return Plan(layout, chosen)
+
+
+def name_axes(
+    starts: Sequence[Sequence[NDArray[Any]]],
+) -> tuple[dict[str, int], list[Sharding]]:
+    """The axes of a mesh that could have led to blocks, and the sharding of each array over them.
+
+    The compiler knows no axes, only which device holds which block; and a program may have several
+    meshes. The axes here are as short as can be, of a prime number of devices each, so that those
+    of any mesh, and their parts, are products of these. What they cannot name counts as unsharded.
+
+    Args:
+      starts: of each array, and each of its dimensions, where each device's block starts, if the
+        dimension is as long as there are devices.
+
+    Returns:
+      The mesh's axes with their sizes, and the shardings.
+    """
+    devices = len(starts[0][0])
+
+    def shardings(sizes: tuple[int, ...]) -> list[Sharding]:
+        return [tuple(_axes(each.reshape(sizes)) for each in array) for array in starts]
+
+    def named(sizes: tuple[int, ...]) -> int:
+        return sum(bool(axes) for sharding in shardings(sizes) for axes in sharding)
+
+    sizes = max(_factorings(devices), key=named)
+    return {f"p{i}": size for i, size in enumerate(sizes)}, shardings(sizes)
+
+
+def _factorings(n: int) -> Iterator[tuple[int, ...]]:
+    """``n`` as a product of primes, in each order."""
+    if n == 1:
+        yield ()
+    for prime in range(2, n + 1):
+        if n % prime == 0 and all(prime % smaller for smaller in range(2, prime)):
+            yield from ((prime, *rest) for rest in _factorings(n // prime))
+
+
+def _axes(starts: NDArray[Any]) -> Axes:
+    """The axes that one dimension is cut over.
+
+    Args:
+      starts: where each device's block starts, the devices in the shape of their mesh.
+    """
+    steps = [starts[tuple(each)] - starts.flat[0] for each in np.eye(starts.ndim, dtype=int)]
+    axes = sorted((i for i, step in enumerate(steps) if step), key=lambda i: -steps[i])
+    block = starts.size
+    for i in axes:
+        block //= starts.shape[i]
+        if steps[i] != block:
+            return ()
+    regular = np.tensordot(steps, np.indices(starts.shape), 1)
+    return tuple(f"p{i}" for i in axes) if np.array_equal(starts, regular) else ()

@@ -19,8 +19,8 @@ them, or for more devices than there are; under GSPMD; and on TPU, whose compile
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -38,7 +38,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from jadder.kernels.interface import ByName, Kernels
-from jadder.kernels.layout import Axes, Dimensions, Layout, Plan, Sharding, gradient_of, plan
+from jadder.kernels.layout import (
+    Dimensions,
+    Layout,
+    Plan,
+    Sharding,
+    gradient_of,
+    name_axes,
+    plan,
+)
 from jadder.kernels.varying import vary_alike
 
 
@@ -49,7 +57,7 @@ class Partitioned(ByName):
     kernels: Kernels
 
     def _call(self, function: str, *operands: Array, **options: Any) -> Array:
-        wide = bool(jax.config.jax_enable_x64)
+        wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         product = Product(self.kernels, function, tuple(options.items()), wide)
         if jax.sharding.get_abstract_mesh().manual_axes:
             return product(*operands)
@@ -121,15 +129,12 @@ def _eagerly(*operands: Array, product: Product) -> Array:
 def _result_type(*operands: ShapedArray, product: Product) -> ShapedArray:
     layout = product.layout(operands)
     mesh = _explicit_mesh(operands)
-    if mesh is None:
-        mesh, sharding = jax.sharding.get_abstract_mesh(), ()
-    else:
-        _, sharding = _explicit_plan(product, mesh, operands)
+    sharding: Sharding = () if mesh is None else _explicit_plan(product, mesh, operands)[1]
     return operands[0].update(
         shape=layout.shape(layout.result),
         dtype=jax.dtypes.canonicalize_dtype(dict(product.options)["out_dtype"]),
         weak_type=False,
-        sharding=_named(mesh, sharding),
+        sharding=_named(mesh or jax.sharding.get_abstract_mesh(), sharding),
     )
 
 
@@ -155,12 +160,13 @@ def _differentiate(
 
 
 def _lower(context: mlir.LoweringRuleContext, *operands: Any, product: Product) -> Any:
-    mesh = _explicit_mesh(context.avals_in)
+    types = cast(Sequence[ShapedArray], context.avals_in)
+    mesh = _explicit_mesh(types)
     function: Callable[..., Array] = product
     if mesh is not None:
         function = _on_explicit_axes(product, mesh)
     elif devices := _partitioned_over(context.module_context):
-        function = _on_automatic_axes(product, context.avals_in, devices)
+        function = _on_automatic_axes(product, types, devices)
         # Any devices will do: a partitioned program has their positions only.
         axes = mlir.ShardingContext(len(devices), tuple(devices))
         context = context.replace(module_context=context.module_context.replace(axis_context=axes))
@@ -184,10 +190,10 @@ class _ForCompiler:
 
 def _partitioned_over(module: mlir.ModuleContext) -> Sequence[jax.Device] | None:
     """As many devices as JAX's partitioner will place this program on, if it can be told how."""
-    axes = module.axis_context
+    axes, settings = module.axis_context, cast(Any, jax.config)
     if not isinstance(axes, mlir.ShardingContext) or axes.num_devices < 2:
         return None
-    if module.lowering_parameters.for_export or not jax.config.jax_use_shardy_partitioner:
+    if module.lowering_parameters.for_export or not settings.jax_use_shardy_partitioner:
         return None
     backend = module.get_backend(optional=True)
     if backend is None or backend.platform == "tpu" or axes.num_devices > backend.device_count():
@@ -312,29 +318,19 @@ def _sharding_rule(layout: Layout) -> SdyShardingRule:
     every = [d for each in (*layout.operands, layout.result) for d in factors(each)]
     by_appearance = dict.fromkeys(index for d in every for index in d)  # as it asks
     alone = {d[0] for d in every if len(d) == 1}
+    compound: Any = {i: layout.sizes[i] for i in by_appearance if i not in alone}
     return SdyShardingRule(
         tuple(mapping(each) for each in layout.operands),
         (mapping(layout.result),),
         need_replication_factors=tuple(i for i in by_appearance if i in layout.whole),
-        **{i: layout.sizes[i] for i in by_appearance if i not in alone},
+        **compound,
     )
 
 
 def _shardings(arrays: Sequence[Any], devices: Sequence[jax.Device]) -> tuple[Mesh, list[Sharding]]:
-    """A mesh whose axes name how the compiler shards all of the arrays, and their shardings.
-
-    The compiler knows no axes, only which device holds which block; and a program may have several
-    meshes. The axes here are as short as can be, of a prime number of devices each, so that those
-    of any mesh, and their parts, are products of these. What they cannot name counts as unsharded.
-    """
-    starts = [_starts(each, devices) for each in arrays]
-
-    def named(sizes: tuple[int, ...]) -> list[Sharding]:
-        return [tuple(_axes(each.reshape(sizes)) for each in array) for array in starts]
-
-    sizes = max(_factorings(len(devices)), key=lambda sizes: sum(map(bool, sum(named(sizes), ()))))
-    mesh = Mesh(np.array(devices).reshape(sizes), [f"p{i}" for i in range(len(sizes))])
-    return mesh, named(sizes)
+    """A mesh whose axes name how the compiler shards all of the arrays, and their shardings."""
+    sizes, shardings = name_axes([_starts(each, devices) for each in arrays])
+    return Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes)), shardings
 
 
 def _starts(array: Any, devices: Sequence[jax.Device]) -> list[NDArray[Any]]:
@@ -345,29 +341,3 @@ def _starts(array: Any, devices: Sequence[jax.Device]) -> list[NDArray[Any]]:
     # The number of blocks divides the number of devices, though perhaps not the real dimension.
     blocks = array.sharding.devices_indices_map((length,) * rank)
     return [np.array([blocks[device][d].start or 0 for device in devices]) for d in range(rank)]
-
-
-def _axes(starts: NDArray[Any]) -> Axes:
-    """The axes that a dimension as long as there are devices is cut over, the slowest first.
-
-    Args:
-      starts: where each device's block starts, the devices in the shape of their mesh.
-    """
-    steps = [starts[tuple(each)] - starts.flat[0] for each in np.eye(starts.ndim, dtype=int)]
-    axes = sorted((i for i, step in enumerate(steps) if step), key=lambda i: -steps[i])
-    block = starts.size
-    for i in axes:
-        block //= starts.shape[i]
-        if steps[i] != block:
-            return ()
-    regular = np.tensordot(steps, np.indices(starts.shape), 1)
-    return tuple(f"p{i}" for i in axes) if np.array_equal(starts, regular) else ()
-
-
-def _factorings(n: int) -> Iterator[tuple[int, ...]]:
-    """``n`` as a product of primes, in each order."""
-    if n == 1:
-        yield ()
-    for prime in range(2, n + 1):
-        if n % prime == 0 and all(prime % smaller for smaller in range(2, prime)):
-            yield from ((prime, *rest) for rest in _factorings(n // prime))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jadder.kernels.layout import Layout, plan
+from jadder.kernels.layout import Layout, name_axes, plan
 from jadder.kernels.spec import ConvSpec
 from tests.strategies import conv_cases
 
@@ -104,3 +104,38 @@ def test_plans_can_be_carried_out(sizes, function, wishes):
     assert len(used) == len(set(used))
     for index, each in chosen.axes.items():
         assert layout.sizes[index] % np.prod([MESH[axis] for axis in each]) == 0
+
+
+def starts(mesh, sharding):
+    """What `name_axes` takes: of an array whose dimensions are sharded over these axes."""
+    devices = np.prod(list(mesh.values()))
+    position = dict(zip(mesh, np.indices(tuple(mesh.values())), strict=True))
+    found = []
+    for axes in sharding:
+        block, start = devices, np.zeros(tuple(mesh.values()), int)
+        for axis in axes:
+            block //= mesh[axis]
+            start = start + block * position[axis]
+        found.append(start.reshape(-1))
+    return found
+
+
+@given(
+    shape=st.sampled_from([(2, 3), (3, 2), (4, 2), (8, 1), (2, 2, 3), (6, 2)]),
+    shardings=st.lists(st.permutations(range(3)), min_size=1, max_size=3),
+    cuts=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+)
+def test_axes_of_any_mesh_are_found(shape, shardings, cuts):
+    mesh = {str(i): size for i, size in enumerate(shape)}
+    low, high = sorted(cuts)
+    named = [[str(i) for i in order if i < len(shape)] for order in shardings]
+    arrays = [starts(mesh, (axes[:low], axes[low:high], axes[high:])) for axes in named]
+    sizes, found = name_axes(arrays)
+    for array, sharding in zip(arrays, found, strict=True):
+        for ours, theirs in zip(starts(sizes, sharding), array, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_blocks_that_no_axes_lead_to_count_as_whole():
+    zigzag = np.array([0, 6, 2, 4, 1, 3, 5, 7])
+    assert name_axes([[zigzag, np.arange(8)]])[1] == [((), ("p0", "p1", "p2"))]

@@ -219,12 +219,18 @@ def test_groups_of_channels_and_features_stay_where_they_are(implementation, cha
 
 
 def test_a_sharded_space_is_gathered_and_nothing_else(implementation):
-    x, w = normal(0, (4, 8, 6, 2), (3, 3, 2, 4))
-    x, w = put(two_axes(), (x, P("j", "i")), (w, P()))
-    product = functools.partial(adder_conv, implementation=implementation)
-    program = compiled(product, x, w)
-    agree(program(x, w), product(*whole(x, w)))
-    assert collectives(program) == ["all-gather"]
+    over_height, mesh = P("j", "i"), two_axes()
+    x, w, g = normal(0, (4, 8, 6, 2), (3, 3, 2, 4), (4, 8, 6, 4))
+    operands = put(mesh, (x, over_height), (w, P()), (g, over_height))
+    product = function_of("conv", implementation)
+    for name, function in passes_of(product).items():
+        program = compiled(function, *operands)
+        agree(program(*operands), jax.jit(function)(*whole(*operands)))
+        # x; and y's gradient, whose images' parts are summed over "j" for that of the kernel.
+        expected = {"y": 1, "dx": 2, "dw": 2}[name]
+        assert sorted(collectives(program)) == ["all-gather"] * expected + ["all-reduce"] * (
+            name == "dw"
+        )
 
 
 @pytest.mark.parametrize("name", ["cpu", "cpu_fast", "xla", None])
