@@ -10,6 +10,9 @@ float32, and work under ``jit``, ``grad``, ``vmap``, ``remat``, ``scan`` and ``s
 adder forms also take integers with ``preferred_element_type=jnp.int32``. Forward-mode
 differentiation (``jvp``, ``jacfwd``) of the adder forms raises, as for every ``jax.custom_vjp``.
 
+Of sharded arrays each device computes with its blocks: batch, features, contraction and groups stay
+as they are sharded, and a sum over devices is one all-reduce (README.md, "Many devices").
+
 Shared arguments:
   precision: of the matrix products inside (Euclid's, and the full-precision gradients'), as in
     ``lax.dot_general``. None means ``HIGHEST``: those products are followed by a subtraction of

@@ -195,8 +195,11 @@ def _partitioned_over(module: mlir.ModuleContext) -> Sequence[jax.Device] | None
         return None
     if module.lowering_parameters.for_export or not settings.jax_use_shardy_partitioner:
         return None
-    backend = module.get_backend(optional=True)
-    if backend is None or backend.platform == "tpu" or axes.num_devices > backend.device_count():
+    backend, (platform, *others) = module.backend, module.platforms
+    if backend is None or others or platform == "tpu":
+        return None
+    native = {"gpu": ("cuda", "rocm")}.get(backend.platform, (backend.platform,))
+    if platform not in native or axes.num_devices > len(backend.devices()):
         return None
     return backend.devices()[: axes.num_devices]
 

@@ -439,7 +439,8 @@ def test_where_there_is_no_partitioning_the_kernels_are_used_as_they_are():
     x, w = put(two_axes(), *zip(operands_of("matmul"), (P("i"), P()), strict=True))
     traced = jax.jit(product).trace(x, w)
     assert is_partitioned(traced.lower())
-    assert not is_partitioned(traced.lower(lowering_platforms=("tpu",)))
+    for platform in ("tpu", "cuda"):
+        assert not is_partitioned(traced.lower(lowering_platforms=(platform,)))
     assert not is_partitioned(jax.jit(product).lower(*whole(x, w)))
     jax.config.update("jax_use_shardy_partitioner", False)
     try:
