@@ -17,6 +17,7 @@ them, or for more devices than there are; under GSPMD; and on TPU, whose compile
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -122,8 +123,10 @@ def _on_blocks(product: Product, plan: Plan, mesh: Mesh | AbstractMesh) -> Calla
 _product_p = Primitive("adder_product")
 
 
-def _eagerly(*operands: Array, product: Product) -> Array:
-    return jax.jit(lambda *operands: _product_p.bind(*operands, product=product))(*operands)
+def _compute(product: Product, *operands: Array) -> Array:
+    """Without the primitive, as far as the operands' types say how."""
+    mesh = _explicit_mesh([jax.typeof(each) for each in operands])
+    return product(*operands) if mesh is None else _on_explicit_axes(product, mesh)(*operands)
 
 
 def _result_type(*operands: ShapedArray, product: Product) -> ShapedArray:
@@ -154,35 +157,30 @@ def _differentiate(
     primals: Sequence[Array], tangents: Sequence[Any], *, product: Product
 ) -> tuple[Array, Array]:
     """The kernels' own derivative, where they have one: a second derivative of the product."""
-    mesh = _explicit_mesh([jax.typeof(each) for each in primals])
-    function = product if mesh is None else _on_explicit_axes(product, mesh)
-    return jax.jvp(function, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+    compute = functools.partial(_compute, product)
+    return jax.jvp(compute, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 def _lower(context: mlir.LoweringRuleContext, *operands: Any, product: Product) -> Any:
-    types = cast(Sequence[ShapedArray], context.avals_in)
-    mesh = _explicit_mesh(types)
-    function: Callable[..., Array] = product
-    if mesh is not None:
-        function = _on_explicit_axes(product, mesh)
-    elif devices := _partitioned_over(context.module_context):
-        function = _on_automatic_axes(product, types, devices)
+    types, module = cast(Sequence[ShapedArray], context.avals_in), context.module_context
+    compute: Callable[..., Array] = functools.partial(_compute, product)
+    if _explicit_mesh(types) is None and (devices := _partitioned_over(module)):
+        compute = _on_automatic_axes(product, types, devices)
         # Any devices will do: a partitioned program has their positions only.
         axes = mlir.ShardingContext(len(devices), tuple(devices))
-        context = context.replace(module_context=context.module_context.replace(axis_context=axes))
-    kept = context.module_context.keepalives
-    before = len(kept)
+        context = context.replace(module_context=module.replace(axis_context=axes))
+    before = len(module.keepalives)
     with jax.enable_x64(product.wide):
-        result = mlir.lower_fun(function, multiple_results=False)(context, *operands)
-    kept[before:] = [_ForCompiler(kept[before:])] if kept[before:] else []
+        result = mlir.lower_fun(compute, multiple_results=False)(context, *operands)
+    module.keepalives[before:] = map(_ForCompiler, module.keepalives[before:])
     return result
 
 
 class _ForCompiler:
-    """What a compiled program keeps only because it has been compiled, so it is not pickled."""
+    """What a program points to while it is compiled. A pickled program is compiled already."""
 
-    def __init__(self, kept: Sequence[Any] = ()):
-        self.kept = kept
+    def __init__(self, target: Any = None):
+        self.target = target
 
     def __reduce__(self) -> Any:
         return _ForCompiler, ()
@@ -204,7 +202,7 @@ def _partitioned_over(module: mlir.ModuleContext) -> Sequence[jax.Device] | None
     return backend.devices()[: axes.num_devices]
 
 
-_product_p.def_impl(_eagerly)
+_product_p.def_impl(lambda *operands, product: _compute(product, *operands))
 _product_p.def_abstract_eval(_result_type)
 batching.primitive_batchers[_product_p] = _map
 ad.primitive_jvps[_product_p] = _differentiate
