@@ -156,7 +156,7 @@ def test_a_step_gathers_nothing(implementation: str, dataset: Dataset, tmp_path:
     found = jadder.implementations()[implementation]
     if not found.available:
         pytest.skip(found.about)
-    run = start(tmp_path, dataset, implementation=implementation, augment=True)
+    run = start(tmp_path, dataset, implementation=implementation)
     batch = run._batch(np.arange(8, dtype=np.int32), 0)
     program = run.train_step.lower(run.state, *batch).compile().as_text()
     names = "all-reduce|all-gather|all-to-all|reduce-scatter|ragged-all-to-all|collective-[a-z]+"
