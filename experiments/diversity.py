@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,13 +76,13 @@ VARIANTS: Mapping[str, tuple[str, bool]] = {
     for product in PRODUCTS
     for identity in (False, True)
 }
-SMOKE_VARIANTS = ("adder, E and F", "adder, plain, identity")
+SMOKE_VARIANTS = ("adder, E and F, identity",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, metavar="VARIANT",
-        help=f"of {'; '.join(VARIANTS)} (default: all; smoke: two)",
+        help=f"of {'; '.join(VARIANTS)} (default: all; smoke: one)",
     )  # fmt: skip
     parser.add_argument(
         "--norm", choices=NORMS, default="auto",
@@ -95,7 +95,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, place: Place) -> Outcome:
-    gaussian = gaussian_layers(place.smoke)
+    if options.images is not None and options.images < 1:
+        raise UserError(f"--images must be positive, got {options.images}")
     config = dataclasses.replace(TRAINING.config(options), out_dir=str(place.folder))
     dataset = load(
         config.dataset, config.data_dir, image_size=config.image_size,
@@ -108,6 +109,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
         for seed in TRAINING.chosen_seeds(options)
         for label in labels
     ]
+    gaussian = gaussian_layers(place.smoke)
     draw_level_sets(place.folder / "level_sets.png")
     draw_gaussian(place.folder / "gaussian.png", gaussian)
     draw_vit(place.folder / "vit.png", variants, f"SimpleViT on {dataset.name}")
@@ -126,8 +128,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
         notes=[
             "E and F start at 1 and b at 0: with one seed, networks with and without them are the "
             "same function at the start.",
-            "With identity mapping, the rank is that of the attention map plus the identity: the "
-            "matrix that mixes the values.",
+            "With identity mapping, the values are mixed by the attention map plus the identity.",
             "Tokens are ranked after their mean over the image is taken away.",
         ],
         data={"gaussian": gaussian, "vit": variants},
@@ -159,7 +160,7 @@ def effective_rank(matrices: Any) -> Floats:
 
 # -- one layer -------------------------------------------------------------------------------------
 
-LAYERS = {
+LAYERS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "dot": jnp.matmul,
     "adder": jadder.adder_matmul,
     "euclid": jadder.euclid_matmul,
@@ -354,16 +355,16 @@ class Observer:
         """Mean effective ranks for each block, over the first batch of test images.
 
         Returns:
-            maps: over images and heads, of what mixes the values.
+            maps: over images and heads.
+            mixing: the same of the maps plus the identity, where identity mapping is on.
             tokens: over images, each (tokens, features) with the tokens' mean taken away.
         """
         _, maps, tokens = self(network)
-        if self.identity:
-            maps = [m + np.eye(m.shape[-1]) for m in maps]
+        mixing = [m + np.eye(m.shape[-1]) for m in maps] if self.identity else []
         tokens = [t - t.mean(1, keepdims=True) for t in tokens]
         return {
             what: [float(effective_rank(matrices).mean()) for matrices in found]
-            for what, found in (("maps", maps), ("tokens", tokens))
+            for what, found in (("maps", maps), ("mixing", mixing), ("tokens", tokens))
         }
 
 
@@ -393,16 +394,18 @@ def vit_table(variants: Sequence[Mapping[str, Any]], what: str) -> Table:
     for row in variants:
         groups.setdefault(row["label"], []).append(row)
 
-    def mean(group: Sequence[Mapping[str, Any]], when: str, what: str) -> float:
-        return statistics.fmean(value for row in group for value in row[when][what])
+    def mean(group: Sequence[Mapping[str, Any]], when: str, what: str) -> float | None:
+        values = [value for row in group for value in row[when][what]]
+        return statistics.fmean(values) if values else None
 
-    measures = [(what, when) for what in ("maps", "tokens") for when in ("start", "trained")]
+    names = {"maps": "attention maps", "mixing": "maps + identity", "tokens": "tokens"}
+    measures = [(what, when) for what in names for when in ("start", "trained")]
     rows: list[list[Cell]] = [
         [label, *(mean(group, when, what) for what, when in measures),
          statistics.fmean(row["test_accuracy"] for row in group)]
         for label, group in groups.items()
     ]  # fmt: skip
-    columns = [f"{what}, {when}" for what, when in measures]
+    columns = [f"{names[what]}, {when}" for what, when in measures]
     return Table(
         f"Effective rank in SimpleViT, mean over its blocks: {what}",
         ("projections and MLP", *columns, "test accuracy"),
@@ -428,15 +431,17 @@ def draw_level_sets(path: Path) -> None:
             -np.sum(np.abs(stretch * x - kernel), -1), kernel / stretch,
         ),
     }  # fmt: skip
-    figure = new_figure(14, 4, "Inputs that one unit cannot tell apart: lines of equal output")
+    figure = new_figure(14, 3.9, "Inputs that one unit cannot tell apart: lines of equal output")
     for axes, (title, (values, where)) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-        shades = axes.contourf(grid, grid, values, 12, cmap="Blues")
-        lines = axes.contour(grid, grid, values, shades.levels, colors="k", linewidths=0.7)
-        axes.clabel(lines, lines.levels[::2], fontsize=8)
-        axes.plot(*where, "o", color="C1", markeredgecolor="k", label="kernel w / E"
-                  if "E =" in title else "kernel w")  # fmt: skip
+        shades = axes.contourf(grid, grid, values, 12, cmap="Blues", alpha=0.6)
+        lines = axes.contour(
+            grid, grid, values, shades.levels, colors="k", linewidths=0.7, linestyles="solid"
+        )
+        axes.clabel(lines, lines.levels[1:-1:2], fontsize=8)
+        axes.plot(*where, "o", color="C1", markeredgecolor="k")
+        name = "w / E" if "E =" in title else "w"
+        axes.annotate(name, where, xytext=(6, 4), textcoords="offset points", weight="bold")
         axes.set(title=title, xlabel="x₁", ylabel="x₂", aspect="equal")
-        axes.legend(loc="lower left")
     save(figure, path)
 
 
@@ -446,10 +451,13 @@ def draw_gaussian(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     by_scale, by_width = figure.subplots(1, 2)
     for i, layer in enumerate(LAYERS):
         for kind, style in (("centred", "-"), ("raw", ":")):
-            for axes, sweep, over in ((by_scale, "scale", "scale"), (by_width, "width", "features")):
+            for axes, sweep, over in (
+                (by_scale, "scale", "scale"),
+                (by_width, "width", "features"),
+            ):
                 mine = [row for row in rows if row["sweep"] == sweep and row["layer"] == layer]
                 shares = [100 * row[kind] / row["features"] for row in mine]
-                label = f"{layer}, " + ("mean taken away" if kind == "centred" else "as it is")
+                label = f"{layer}, " + ("mean taken away" if kind == "centred" else "as they are")
                 axes.plot([row[over] for row in mine], shares, style, marker=".", color=f"C{i}",
                           label=label)  # fmt: skip
     width = next(row["features"] for row in rows if row["sweep"] == "scale")
@@ -480,9 +488,10 @@ def draw_vit(path: Path, variants: Sequence[Mapping[str, Any]], title: str) -> N
                 continue
             blocks = range(1, len(row[when][what]) + 1)
             product, identity = VARIANTS[row["label"]]
+            place = list(PRODUCTS).index(product)
             axes.plot(
                 blocks, row[when][what], "--" if identity else "-", marker=".",
-                color=f"C{list(PRODUCTS).index(product)}", label=row["label"],
+                color=f"C{place}", linewidth=(2, 4, 1.5)[place], label=row["label"],
             )  # fmt: skip
         axes.set(title=f"{name}, {'at the start' if when == 'start' else 'trained'}")
         axes.set_ylabel("effective rank")

@@ -84,14 +84,15 @@ def check(m: int, k: int, n: int, implementations: list[str]) -> list[dict[str, 
     return rows
 
 
-def finite_differences(clip: Clip, x: Floats, kernel: Floats, g: Floats) -> dict[str, Floats]:
+def finite_differences(
+    clip: Clip, x: Floats, kernel: Floats, g: Floats, *, step: float = 1 / 64
+) -> dict[str, Floats]:
     """Central differences of -Σ g[m, n] ρ(x[m, k] - kernel[k, n]), in float64.
 
     Returns:
         x: (m, k), for each element of x.
         kernel: (k, n), for each element of the kernel.
     """
-    step = 1 / 64
     difference = x[:, :, None] - kernel
     with jax.enable_x64(True):
         above, below = (np.asarray(clip.potential(difference + h)) for h in (step, -step))
@@ -122,7 +123,7 @@ def check_table(checks: list[dict[str, Any]], shape: tuple[int, int, int]) -> Ta
     rows: list[list[Cell]] = [
         [row["rule"], row["operand"], row["largest"], *row["errors"].values()] for row in checks
     ]
-    formats = {"largest element": ".2f"} | {column: ".1e" for column in columns[3:]}
+    formats = {"largest element": ".2f"} | dict.fromkeys(columns[3:], ".1e")
     title = (
         f"Largest error of the float32 gradient against the finite difference of Σρ, {m}x{k}x{n}"
     )
@@ -144,7 +145,7 @@ def likeness(m: int, k: int, n: int) -> list[dict[str, Any]]:
         name: library_gradient(clip, "x", x, kernel, g, None) for name, clip in RULES.items()
     }
     true = gradients["sign"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, clip in RULES.items():
         knee = 0.0 if clip.is_sign else clip.bound / clip.scale
         cosine = np.sum(gradients[name] * true) / math.sqrt(

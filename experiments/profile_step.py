@@ -174,8 +174,9 @@ def totals_table(profiles: Mapping[str, Any], repeats: int) -> Table:
             whole["step"], explained / whole["step"], parts["forward"] / whole["forward"],
             products_only / whole["gradient"],
         ])  # fmt: skip
-    columns = ("family", "forward (ms)", "∂x (ms)", "∂w (ms)", "update (ms)", "sum (ms)",
-               "whole step (ms)", "sum / step", "of the forward pass", "of the gradient")  # fmt: skip
+    times = ("forward", "∂x", "∂w", "update", "sum", "whole step")
+    columns = ("family", *(f"{time} (ms)" for time in times), "sum / step", "of the forward pass",
+               "of the gradient")  # fmt: skip
     formats = {column: ".2f" if "ms" in column else ".0%" for column in columns[1:]}
     return Table(
         f"All products of a step and the optimizer, run alone; medians of {repeats}",
@@ -194,7 +195,7 @@ def layer_tables(profiles: Mapping[str, Any]) -> list[Table]:
             share = products_only / found["whole"]["step"]
             rows.append([layer["path"], layer["shapes"], *ms, share])
         columns = ["layer", "operands", *(f"{what} (ms)" for what in PASSES), "of the step"]
-        formats = {column: ".3f" for column in columns[2:-1]} | {"of the step": ".1%"}
+        formats = dict.fromkeys(columns[2:-1], ".3f") | {"of the step": ".1%"}
         tables.append(Table(f"{family}: each product alone", columns, rows, formats))
     return tables
 
@@ -245,6 +246,7 @@ def draw_layers(path: Path, profiles: Mapping[str, Any], title: str) -> None:
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
         axes.set(title=family, xlabel="ms for each step, run alone")
+        axes.margins(y=0.01)
         axes.grid(alpha=0.3, axis="x")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save(figure, path)
@@ -254,7 +256,7 @@ def draw_totals(path: Path, profiles: Mapping[str, Any], title: str) -> None:
     """For each family, the parts stacked, and the whole step below them."""
     figure = new_figure(9, 1.8 + 1.1 * len(profiles), title)
     axes = figure.subplots()
-    for i, (family, found) in enumerate(profiles.items()):
+    for i, found in enumerate(profiles.values()):
         left, parts = 0.0, totals(found)
         for what in PASSES:
             axes.barh(2.5 * i, parts[what], 0.9, left, color=COLORS[what],
@@ -269,7 +271,7 @@ def draw_totals(path: Path, profiles: Mapping[str, Any], title: str) -> None:
     names = [f"{family}: {what}" for family in profiles for what in ("parts alone", "whole step")]
     axes.set_yticks(ticks, names)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.set_xlim(right=1.15 * axes.get_xlim()[1])
     axes.set_xlabel("ms")
     axes.grid(alpha=0.3, axis="x")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)

@@ -102,11 +102,11 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     return Outcome(
         f"Speed and memory in training and inference: {where}",
         tables=[relative_table(rows), absolute_table(rows, repeats), published_table()],
-        pictures=[Picture("speed.png", "Time for each image and temporaries, relative to multiply")],
+        pictures=[Picture("speed.png", "Time for each image, and temporaries")],
         notes=[
             f"jadder's default here: {default_kernels()}.",
-            "Naive figures of a smaller batch are compared image by image, which may favour it: the "
-            "arrays of a small batch stay in the cache for longer.",
+            "Naive figures of a smaller batch are compared image by image, which may favour it: "
+            "the arrays of a small batch stay in the cache for longer.",
             f"Load average of the machine: {loads[0]} before, {loads[1]} after. Above the number "
             "of cores, other work shared them and the times are not to be quoted.",
         ],
@@ -172,7 +172,7 @@ def measure(
         least, median = 1e3 * min(seconds), 1e3 * statistics.median(seconds)
         row |= {"ms": least, "median_ms": median, "rounds": len(seconds)}
         row["ms_per_image"] = least / row["batch"]
-    for (form, program), row in rows.items():
+    for (_, program), row in rows.items():
         base = rows[BASE, program]
         row["times"] = row["ms_per_image"] / base["ms_per_image"]
         row["memory"] = row["temporaries_mib"] / base["temporaries_mib"]
@@ -282,21 +282,22 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     }
     figure = new_figure(11, 1.4 + 2.1 * len(networks), title)
     grid = figure.subplots(len(networks), 3, squeeze=False, sharey=True, sharex="col")
-    for i, network in enumerate(networks):
-        for axes, (name, (program, what)) in zip(grid[i], panels.items(), strict=True):
-            values = [
-                next(row[what] for row in rows
-                     if (row["network"], row["form"], row["program"]) == (network, form, program))
-                for form in forms
-            ]  # fmt: skip
-            bars = axes.barh(forms, values, color=[f"C{j}" for j in range(len(forms))])
-            axes.bar_label(bars, [f"×{value:.2f}" for value in values], padding=3)
+    for column, (name, (program, what)) in zip(grid.T, panels.items(), strict=True):
+        ends = [1.0]
+        for axes, network in zip(column, networks, strict=True):
+            of = {row["form"]: row[what] for row in rows
+                  if (row["network"], row["program"]) == (network, program)}  # fmt: skip
+            bars = axes.barh(forms, [of[form] for form in forms], color=[f"C{i}" for i in range(9)])
+            axes.bar_label(bars, [f"×{of[form]:.2f}" for form in forms], padding=3)
             axes.axvline(1, color="k", linewidth=0.8)
-            axes.set_xscale("log")
-            axes.margins(x=0.25)
             axes.set_title(f"{network}: {name}", fontsize=10)
             axes.grid(alpha=0.3, axis="x")
-    for axes in grid[-1]:
+            ends += of.values()
+        axes = column[-1]
+        axes.set_xscale("log", base=2)
+        # Bars of a logarithmic scale have no zero to start from; labels need room on the right.
+        axes.set_xlim(0.7 * min(ends), max(ends) * (max(ends) / min(ends)) ** 0.4 * 1.5)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("relative to multiply")
     grid[0, 0].invert_yaxis()
     save(figure, path)

@@ -18,9 +18,9 @@ class Watched(nnx.Module):
         >>> def call(layer, x):
         ...     seen.append(x)
         ...     return layer(x)
-        >>> model = nnx.Sequential(abs, abs)
+        >>> model = nnx.Sequential(nnx.Dropout(0), nnx.Dropout(0))
         >>> model.layers[1] = Watched(model.layers[1], call)
-        >>> model(-2), seen
+        >>> model(2), seen
         (2, [2])
     """
 
