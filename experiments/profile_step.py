@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +22,12 @@ from experiments.outcome import Cell, Outcome, Picture, Table
 from experiments.products import Product, products
 from experiments.programs import (
     Images,
-    Network,
     create,
     load_average,
     make_optimizer,
     prepare,
     random_normal,
+    update,
 )
 from jadder.models import Family, get_family
 from jadder.nn import AdderKernel
@@ -137,8 +138,8 @@ def part_runs(part: Product, name: str) -> dict[str, Callable[[], Any]]:
         params = {"kernel": operands[1]}
         is_adder = issubclass(part.kernel, AdderKernel)
         tx = make_optimizer(name, lambda tree: jax.tree.map(lambda _: is_adder, tree))
-        one = Network(None, tx, {})  # type: ignore[arg-type]
-        runs["update"] = _compiled(one.update, params, params, tx.init(params))
+        step = functools.partial(update, tx)
+        runs["update"] = _compiled(step, params, params, tx.init(params))
     return runs
 
 

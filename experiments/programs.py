@@ -69,8 +69,7 @@ class Network:
 
     def update(self, params: Any, gradient: Any, optimizer: Any) -> Any:
         """Parameters and optimizer's state after a step of the optimizer."""
-        updates, optimizer = self.tx.update(gradient, optimizer, params)
-        return optax.apply_updates(params, updates), optimizer
+        return update(self.tx, params, gradient, optimizer)
 
     def step(self, params: Any, rest: Any, images: Array, labels: Array, optimizer: Any) -> Any:
         """Everything that a training step changes."""
@@ -95,6 +94,12 @@ class Network:
             "step": ("params", "rest", "images", "labels", "optimizer"),
         }[program]
         return [self.operands[name] for name in names]
+
+
+def update(tx: optax.GradientTransformation, params: Any, gradient: Any, state: Any) -> Any:
+    """Parameters and optimizer's state after a step of the optimizer `tx`."""
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
 
 
 def create(name: str, family: Family, images: Images, **options: Any) -> nnx.Module:

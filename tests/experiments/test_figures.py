@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import diversity, gradient_rules, profile_step, speed
+from experiments.augment import normalize
 from experiments.command import Experiment
-from experiments.diversity import effective_rank
+from experiments.data import load
 from experiments.errors import UserError
 from experiments.products import products
 from experiments.programs import Images, create
+from experiments.ranks import Observer, effective_rank
 from jadder.models import get_family
 from jadder.rules import Clip
 from tests.strategies import clips, seeds
@@ -88,6 +90,7 @@ def test_errors(
 # -- gradient_rules --------------------------------------------------------------------------------
 
 
+@settings(max_examples=6)
 @given(clips, seeds)
 def test_library_gradient_is_the_finite_difference_of_the_potential(
     clip: tuple[float, float], seed: int
@@ -152,16 +155,16 @@ def test_effective_rank_is_between_one_and_the_rank(
 
 
 def test_what_is_observed_is_what_the_network_computes() -> None:
-    dataset = diversity.load("digits", image_size=8, limit_train=8)
+    dataset = load("digits", image_size=8, limit_train=8)
     # Digits have patches of one grey, which a layer norm blows up to noise.
     noise = np.random.default_rng(0).integers(0, 256, dataset.test_images.shape, np.uint8)
     dataset = dataclasses.replace(dataset, test_images=noise)
     config = diversity.TRAINING.smoke
     network: Any = diversity.build(config, "adder, plain, identity", "auto", dataset)
-    logits, maps, tokens = diversity.Observer(network, dataset, 3)(network, 1)
+    logits, maps, tokens = Observer(network, dataset, 3)(network, 1)
     network.eval()
     mean, std = (jnp.asarray(moment) for moment in (dataset.mean, dataset.std))
-    images = diversity.normalize(jnp.asarray(dataset.test_images[1:4]), mean, std)
+    images = normalize(jnp.asarray(dataset.test_images[1:4]), mean, std)
     np.testing.assert_allclose(logits, network(images), rtol=1e-3, atol=1e-3)
     assert [m.shape for m in maps] == [(3, 2, 16, 16)]
     np.testing.assert_allclose(maps[0].sum(-1), 1, rtol=1e-5)
@@ -170,7 +173,7 @@ def test_what_is_observed_is_what_the_network_computes() -> None:
 
 
 def test_scales_are_no_difference_at_the_start() -> None:
-    dataset = diversity.load("digits", image_size=8, limit_train=8)
+    dataset = load("digits", image_size=8, limit_train=8)
     config = diversity.TRAINING.smoke
     labels = ("adder, E and F", "adder, plain")
     plain, scaled = (diversity.build(config, name, "auto", dataset) for name in labels)
