@@ -105,8 +105,8 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
         pictures=[Picture("speed.png", "Time for each image, and temporaries")],
         notes=[
             f"jadder's default here: {default_kernels()}.",
-            "Naive figures of a smaller batch are compared image by image, which may favour it: "
-            "the arrays of a small batch stay in the cache for longer.",
+            "A network that runs with a smaller batch is compared image by image: the optimizer's "
+            "update, which comes once for each step, counts for more in it.",
             f"Load average of the machine: {loads[0]} before, {loads[1]} after. Above the number "
             "of cores, other work shared them and the times are not to be quoted.",
         ],
@@ -252,7 +252,7 @@ def absolute_table(rows: Sequence[Mapping[str, Any]], repeats: int) -> Table:
         f"Minimum over {repeats} rounds; three where one takes more than 2 s",
         ("network", "form", "program", "batch", "minimum (ms)", "median (ms)", "images/s", memory),
         cells,
-        {"minimum (ms)": ".2f", "median (ms)": ".2f", "images/s": ",.0f", memory: ",.1f"},
+        {"minimum (ms)": ".2f", "median (ms)": ".2f", "images/s": ",.1f", memory: ",.1f"},
     )
 
 
