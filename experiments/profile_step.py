@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     if place.smoke:
         model, repeats, families, images = "lenet5", 2, families[:1], Images(4, 8, 1)
     if min(*images.shape, repeats) < 1:
-        raise UserError(f"images {images.shape} and repeats {repeats} must be positive")
+        raise UserError(f"images {images.shape} and --repeats {repeats} must be positive")
     loads = [load_average()]
     profiles = {
         family: profile(model, chosen(family, options.implementation), images, repeats)
@@ -74,7 +74,11 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     draw_totals(place.folder / "totals.png", profiles, title)
     return Outcome(
         f"Where a training step's time goes: {title}",
-        tables=[totals_table(profiles, repeats), *layer_tables(profiles)],
+        tables=[
+            totals_table(profiles, repeats),
+            whole_table(profiles),
+            *layer_tables(profiles),
+        ],
         pictures=[
             Picture("totals.png", "The sum of the parts beside the whole step"),
             Picture("layers.png", "Each product alone, in the order of the forward pass"),
@@ -101,7 +105,10 @@ def profile(name: str, family: Family, images: Images, repeats: int) -> dict[str
         nothing: milliseconds of a program that does nothing to speak of.
     """
     model = create(name, family, images)
-    parts = products(model, jax.ShapeDtypeStruct(images.shape, jnp.float32))
+    try:
+        parts = products(model, jax.ShapeDtypeStruct(images.shape, jnp.float32))
+    except ValueError as error:  # what shows only when the network is called
+        raise UserError(f"{name} on images of {images.shape}: {error}") from error
     network = prepare(model, name, images)
     runs: dict[str, Callable[[], Any]] = {}
     for part in {part.signature: part for part in parts}.values():
@@ -176,13 +183,21 @@ def totals_table(profiles: Mapping[str, Any], repeats: int) -> Table:
             products_only / whole["gradient"],
         ])  # fmt: skip
     times = ("forward", "∂x", "∂w", "update", "sum", "whole step")
-    columns = ("family", *(f"{time} (ms)" for time in times), "sum / step", "of the forward pass",
-               "of the gradient")  # fmt: skip
+    columns = ("family", *(f"{time} (ms)" for time in times), "sum / step",
+               "products / forward program", "products / gradient program")  # fmt: skip
     formats = {column: ".2f" if "ms" in column else ".0%" for column in columns[1:]}
     return Table(
         f"All products of a step and the optimizer, run alone; medians of {repeats}",
         columns, rows, formats,
     )  # fmt: skip
+
+
+def whole_table(profiles: Mapping[str, Any]) -> Table:
+    columns = ["family", *(f"{program} (ms)" for program in WHOLE), "nothing (ms)"]
+    rows: list[list[Cell]] = [
+        [family, *found["whole"].values(), found["nothing"]] for family, found in profiles.items()
+    ]
+    return Table("Whole programs", columns, rows, dict.fromkeys(columns[1:], ".3f"))
 
 
 def layer_tables(profiles: Mapping[str, Any]) -> list[Table]:

@@ -40,6 +40,8 @@ NETWORKS: Mapping[str, str] = {"ResNet-20": "resnet20", "SimpleViT": "vit"}
 BASE, NAIVE = "multiply", "adder, naive"
 ADDERS: Mapping[str, Any] = {NAIVE: "reference", "jadder": None, "jadder, cpu_fast": "cpu_fast"}
 PROGRAMS = {"inference": "inference", "training": "step"}
+FEWEST = 2
+"""Images that batch normalisation needs to train."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +90,11 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     images, repeats = Images(options.batch_size, 32, 3), options.repeats
     if place.smoke:
         networks, images, repeats = {"LeNet-5": "lenet5"}, Images(4, 8, 1), 2
-    if min(images.batch, repeats, options.memory_limit) <= 0:
-        raise UserError("--batch-size, --repeats and --memory-limit must be positive")
+    if images.batch < FEWEST or repeats < 1 or options.memory_limit <= 0:
+        raise UserError(
+            f"--batch-size must be at least {FEWEST}, --repeats and --memory-limit positive, got "
+            f"{images.batch}, {repeats} and {options.memory_limit:g}"
+        )
     loads = [load_average()]
     rows = [
         row
@@ -182,7 +187,7 @@ def measure(
 def largest(
     compiled: Callable[[int], tuple[float, Any]], whole: float, batch: int, limit: float
 ) -> tuple[int, Any]:
-    """The largest batch, halved as often as it takes, whose program keeps within `limit` MiB.
+    """A batch, a power of two, whose program keeps within `limit` MiB.
 
     Args:
         compiled: MiB and the program for a batch.
@@ -191,7 +196,7 @@ def largest(
         limit: in MiB.
 
     Raises:
-        UserError: not even one image does.
+        UserError: not even two images do, the fewest that can be trained on.
 
     Example:
         >>> largest(lambda batch: (3.0 * batch, f"for {batch}"), 48.0, 16, 13.0)
@@ -199,10 +204,12 @@ def largest(
     """
     memory, call = whole, None
     while memory > limit:
-        if batch == 1:
-            raise UserError(f"--memory-limit {limit / 1024:g}: one image needs {memory:.0f} MiB")
+        if batch <= FEWEST:
+            raise UserError(
+                f"--memory-limit {limit / 1024:g}: {batch} images need {memory:.0f} MiB"
+            )
         # As if temporaries were in proportion to the batch; then it is seen whether they are.
-        batch = max(1, 2 ** math.floor(math.log2(batch * limit / memory)))
+        batch = max(FEWEST, 2 ** math.floor(math.log2(batch * limit / memory)))
         memory, call = compiled(batch)
     return batch, call
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.timing import interleaved
 from experiments import diversity, gradient_rules, profile_step, speed
 from experiments.augment import normalize
 from experiments.command import Experiment
@@ -72,7 +74,12 @@ def test_help(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
         (profile_step, "--batch-size 0", "must be positive"),
         (profile_step, "--model resnet21", "--model"),
         (profile_step, "--model vit --image-size 30", "patch_size"),
-        (speed, "--repeats 0", "must be positive"),
+        (
+            profile_step,
+            "--model lenet5 --channels 1 --image-size 8 --batch-size 1",
+            "at least two values",
+        ),
+        (speed, "--repeats 0", "--repeats and --memory-limit positive"),
         (diversity, "--data-dir none --images 4", "none does not exist"),
         (diversity, "--smoke --images 0", "--images must be positive"),
     ],
@@ -250,23 +257,30 @@ def test_parts_and_rest_are_the_step() -> None:
     assert parts == {"forward": 2.0, "∂x": 0.0, "∂w": 4.0, "update": 3.0, "rest": 1.0}
 
 
+@pytest.mark.parametrize(("slow", "rounds"), [(float("inf"), 5), (0.0, 3)])
+def test_rounds_take_turns(slow: float, rounds: int) -> None:
+    calls: list[str] = []
+    functions = {name: functools.partial(calls.append, name) for name in "ab"}
+    times = interleaved(functions, 5, slow)
+    assert calls == ["a", "b"] * (1 + rounds)  # once before, to warm up
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": rounds, "b": rounds}
+
+
 # -- speed -----------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 300), st.floats(0.1, 10), st.floats(0, 50), st.floats(1, 500))
+@given(st.integers(2, 300), st.floats(0.1, 10), st.floats(0, 50), st.floats(1, 500))
 def test_largest_batch_keeps_to_the_limit(
     batch: int, each: float, fixed: float, limit: float
 ) -> None:
     def compiled(batch: int) -> tuple[float, int]:
         return fixed + each * batch, batch
 
-    whole = fixed + each * batch
-    if fixed + each > limit:
-        if whole > limit:
-            with pytest.raises(UserError, match="one image needs"):
-                speed.largest(compiled, whole, batch, limit)
-        return
-    if whole > limit:
+    whole, _ = compiled(batch)
+    if compiled(speed.FEWEST)[0] > limit:
+        with pytest.raises(UserError, match="images need"):
+            speed.largest(compiled, whole, batch, limit)
+    elif whole > limit:
         got, call = speed.largest(compiled, whole, batch, limit)
         assert got == call < batch
         assert compiled(got)[0] <= limit
