@@ -18,6 +18,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from matplotlib.ticker import MaxNLocator
 
@@ -32,7 +33,7 @@ from experiments.files import read_json, write_json
 from experiments.interrupt import Interrupted
 from experiments.outcome import Cell, Outcome, Picture, Table
 from experiments.ranks import Observer, effective_rank
-from experiments.run import epoch_order, means
+from experiments.run import Diverged, epoch_order, means
 from experiments.study import TrainingOptions
 from jadder.implementations import Implementation
 from jadder.models import Family, get_family
@@ -248,15 +249,15 @@ def train(
 
     Raises:
         Interrupted: the networks before this one are kept.
+        Diverged: the loss of an epoch is not finite.
+        UserError: there are fewer images than a batch has.
     """
+    images, labels = dataset.train_images, dataset.train_labels
+    per_epoch = len(images) // config.batch_size
+    if per_epoch == 0:
+        raise UserError(f"--batch-size {config.batch_size} is more than {len(images)} images")
     several = devices.choose(config)
-    per_epoch = len(dataset.train_images) // config.batch_size
-    recipe = optimizer.choose(config)
-    schedule = optimizer.warmup_cosine(
-        recipe.learning_rate, total_steps=per_epoch * config.epochs, steps_per_epoch=per_epoch,
-        warmup_epochs=config.warmup_epochs,
-    )  # fmt: skip
-    tx = optimizer.make(config, recipe, schedule, jadder.adder_mask(network))
+    tx = recipe(config, network, per_epoch)
     dtype = jnp.dtype("float32")
     graphdef, state = steps.initial_state(network, tx, dtype)
     state = several.replicate(state)
@@ -266,18 +267,33 @@ def train(
     train_accuracy = math.nan
     for epoch in range(config.epochs):
         state["sums"] = several.replicate(steps.zero_sums(dtype))
-        order = epoch_order(config.seed, epoch, len(dataset.train_images))
+        order = epoch_order(config.seed, epoch, len(images))
         for number in range(per_epoch):
             index = order[number * config.batch_size :][: config.batch_size]
-            batch = (several.rows(a, index) for a in (dataset.train_images, dataset.train_labels))
-            state, _ = step(state, *batch)
+            state, _ = step(state, several.rows(images, index), several.rows(labels, index))
             if place.stop.signum is not None:
-                raise Interrupted(f"{label}: stopped in epoch {epoch + 1}", place.stop.signum)
+                raise Interrupted(f"the networks before {label!r} are done", place.stop.signum)
         loss, train_accuracy = means(state["sums"])
+        if not math.isfinite(loss):
+            raise Diverged(label, loss, (epoch + 1) * per_epoch)
         line = f"{label}: epoch {epoch + 1}, loss {loss:.3f}, accuracy {train_accuracy:.2%}"
         print(line, file=sys.stderr)
     state = jax.device_get(state)
     return nnx.merge(graphdef, state["params"], state["model"]), train_accuracy
+
+
+def recipe(
+    config: TrainConfig, network: nnx.Module, steps_per_epoch: int
+) -> optax.GradientTransformation:
+    """The optimizer that `experiments.train` takes for such a run."""
+    chosen = optimizer.choose(config)
+    schedule = optimizer.warmup_cosine(
+        chosen.learning_rate,
+        total_steps=steps_per_epoch * config.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=config.warmup_epochs,
+    )
+    return optimizer.make(config, chosen, schedule, jadder.adder_mask(network))
 
 
 def vit_table(variants: Sequence[Mapping[str, Any]], what: str) -> Table:

@@ -39,6 +39,7 @@ Every product of the network is run alone, at the shapes and with the arguments 
 calls: the forward pass, the gradients for input and kernel, and the optimizer's update of the
 kernel. Beside them stand whole programs: the training forward pass, the gradient, the update of all
 parameters, the step. All are compiled, run in turns in one process, and reported by their median.
+Of attention's two products, which have no kernel, x and w are the left and the right operand.
 """
 PASSES = ("forward", "∂x", "∂w", "update")
 WHOLE = ("forward", "gradient", "update", "step")

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from experiments.augment import normalize
 from experiments.command import Experiment
 from experiments.data import load
 from experiments.errors import UserError
+from experiments.interrupt import Interrupted
 from experiments.products import products
 from experiments.programs import Images, create
 from experiments.ranks import Observer, effective_rank
@@ -82,6 +84,7 @@ def test_help(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
         (speed, "--repeats 0", "--repeats and --memory-limit positive"),
         (diversity, "--data-dir none --images 4", "none does not exist"),
         (diversity, "--smoke --images 0", "--images must be positive"),
+        (diversity, "--smoke --batch-size 65", "65 is more than 64 images"),
     ],
 )
 def test_errors(
@@ -186,6 +189,31 @@ def test_scales_are_no_difference_at_the_start() -> None:
     plain, scaled = (diversity.build(config, name, "auto", dataset) for name in labels)
     image = jnp.ones((1, 8, 8, 1))
     np.testing.assert_array_equal(plain(image), scaled(image))  # type: ignore[operator]
+
+
+def test_interrupted_diversity_keeps_what_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--smoke", "--out-dir", str(tmp_path)]
+    done: list[str] = []
+
+    def train(network: Any, config: Any, dataset: Any, place: Any, label: str) -> tuple[Any, float]:
+        if label in done:
+            raise Interrupted(f"the networks before {label!r} are done", signal.SIGTERM)
+        done.append(label)
+        return network, 0.5
+
+    monkeypatch.setattr(diversity, "train", train)
+    pair = [*options, "--variants", "adder, plain", "multiplying"]
+    done.append("multiplying")
+    assert diversity.main(pair) == 128 + signal.SIGTERM
+    assert "'multiplying' are done and saved; go on with:" in capsys.readouterr().err
+    done.clear()
+    assert diversity.main(pair) == 0
+    assert done == ["multiplying"]
+    # Another run is not mixed with this one's networks.
+    assert diversity.main([*pair, "--images", "5"]) == 2
+    assert "is of another run" in capsys.readouterr().err
 
 
 # -- profile ---------------------------------------------------------------------------------------
