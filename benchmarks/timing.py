@@ -6,24 +6,31 @@ from collections.abc import Callable, Mapping
 import jax
 
 
-def interleaved_minimum(
+def interleaved(
     functions: Mapping[str, Callable[[], object]], repeats: int, slow: float = 0.5
-) -> dict[str, float]:
-    """The least seconds that each function takes, over ``repeats`` rounds of all of them.
+) -> dict[str, list[float]]:
+    """The seconds that each function takes in each of ``repeats`` rounds of all of them.
 
     Rounds interleave the functions, so that a change of the machine's clock or load meets all of
-    them alike. A function whose first timed run takes more than ``slow`` seconds runs in three
+    them alike. A function of which every timed run took more than ``slow`` seconds runs in three
     rounds only.
     """
     for function in functions.values():
         jax.block_until_ready(function())
-    best: dict[str, float] = {}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(repeats):
         for name, function in functions.items():
-            if i >= 3 and best[name] > slow:
+            if i >= 3 and min(times[name]) > slow:
                 continue
             start = time.perf_counter()
             jax.block_until_ready(function())
-            seconds = time.perf_counter() - start
-            best[name] = min(seconds, best.get(name, seconds))
-    return best
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def interleaved_minimum(
+    functions: Mapping[str, Callable[[], object]], repeats: int, slow: float = 0.5
+) -> dict[str, float]:
+    """The least seconds that each function takes over the rounds of `interleaved`."""
+    times = interleaved(functions, repeats, slow)
+    return {name: min(seconds) for name, seconds in times.items()}
