@@ -54,9 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--adaptive-scaling", nargs="+", choices=("on", "off"), default=["on", "off"],
         help="of the adder networks that are drawn (default: both)",
     )  # fmt: skip
-    parser.add_argument(
-        "--model", help=f"as of experiments.train (default: {TRAINING.full.model})"
-    )
+    parser.add_argument("--model", help=f"as of experiments.train (default: {TRAINING.full.model})")
     TRAINING.add(parser)
 
 
@@ -94,12 +92,15 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
 
 
 class RecordingState(NamedTuple):
-    """The optimizer's state, and the sizes of all steps so far: (steps,) for each leaf."""
+    """The optimizer's state, and the sizes of all steps so far.
+
+    `gradients` and `updates` are (steps, leaves), the leaves in the order of `jax.tree.leaves`.
+    """
 
     inner: optax.OptState
     step: jax.Array
-    gradients: Any
-    updates: Any
+    gradients: jax.Array
+    updates: jax.Array
 
 
 def recording(tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
@@ -110,34 +111,35 @@ def recording(tx: optax.GradientTransformation, steps: int) -> optax.GradientTra
         steps: of the whole run.
 
     Example:
-        >>> tx = recording(optax.sgd(0.1), steps=3)
+        >>> tx = recording(optax.sgd(0.1), steps=2)
         >>> _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
-        >>> state.gradients.round(3).tolist(), state.updates.round(3).tolist()
-        ([3.5360000133514404, 0.0, 0.0], [0.3540000021457672, 0.0, 0.0])
+        >>> bool(jnp.allclose(state.gradients[0], (25 / 2) ** 0.5)), state.gradients[1].tolist()
+        (True, [0.0])
     """
 
     def init(params: optax.Params) -> RecordingState:
-        def nothing() -> Any:
-            return jax.tree.map(lambda _: jnp.zeros(steps), params)
-
-        return RecordingState(tx.init(params), jnp.zeros((), jnp.int32), nothing(), nothing())
+        shape = (steps, len(jax.tree.leaves(params)))
+        return RecordingState(
+            tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros(shape), jnp.zeros(shape)
+        )
 
     def update(
         gradients: optax.Updates, state: RecordingState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, RecordingState]:
         updates, inner = tx.update(gradients, state.inner, params)
-
-        def note(history: jax.Array, leaf: jax.Array) -> jax.Array:
-            return history.at[state.step].set(root_mean_square(leaf))
-
         return updates, RecordingState(
             inner,
             state.step + 1,
-            jax.tree.map(note, state.gradients, gradients),
-            jax.tree.map(note, state.updates, updates),
+            state.gradients.at[state.step].set(sizes(gradients)),
+            state.updates.at[state.step].set(sizes(updates)),
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def sizes(tree: Any) -> jax.Array:
+    """The size of each leaf."""
+    return jnp.stack([root_mean_square(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def root_mean_square(leaf: jax.Array) -> jax.Array:
@@ -150,17 +152,20 @@ def root_mean_square(leaf: jax.Array) -> jax.Array:
 def recorded(run: Run) -> dict[str, Sizes]:
     """The sizes of every kernel's gradients and updates, from the state of a finished run."""
     state: RecordingState = run.state["optimizer"]
+    leaves = jax.tree_util.tree_leaves_with_path(run.state["params"])
+    places = {tuple(str(key.key) for key in path): i for i, (path, _) in enumerate(leaves)}
     model = build_model(run.config, run.family, run.dataset)
-    kernels = [path for path in parameter_paths(model) if path[-1] == "kernel"]
-    found = {}
-    for name, tree in (("gradients", state.gradients), ("updates", state.updates)):
-        leaves = {_texts(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        found[name] = {
-            "/".join(part for part in path[:-1] if part != "product"):
-            [float(f"{value:.4g}") for value in np.asarray(leaves[path])]
-            for path in kernels
-        }  # fmt: skip
-    return found
+    kernels = {
+        "/".join(part for part in path[:-1] if part != "product"): places[path]
+        for path in parameter_paths(model)
+        if path[-1] == "kernel"
+    }
+    gradients, updates = np.asarray(state.gradients), np.asarray(state.updates)
+    return {
+        name: {layer: [float(f"{size:.4g}") for size in table[:, i]]
+               for layer, i in kernels.items()}
+        for name, table in (("gradients", gradients), ("updates", updates))
+    }  # fmt: skip
 
 
 def parameter_paths(model: nnx.Module) -> list[tuple[str, ...]]:
@@ -183,21 +188,15 @@ def parameter_paths(model: nnx.Module) -> list[tuple[str, ...]]:
     return list(walk(model, ()))
 
 
-def _texts(path: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(str(key.key) for key in path)
-
-
 # -- tables and pictures ---------------------------------------------------------------------------
-
-
-def median(sizes: Sequence[float]) -> float:
-    return statistics.median(sizes)
 
 
 def layer_table(what: str, title: str, runs: Sequence[Trained]) -> Table:
     """A row for each layer, a column for each run."""
     layers = list(runs[0].seen[what]) if runs else []
-    rows = [[layer, *(median(one.seen[what][layer]) for one in runs)] for layer in layers]
+    rows = [
+        [layer, *(statistics.median(one.seen[what][layer]) for one in runs)] for layer in layers
+    ]
     labels = [one.label for one in runs]
     return Table(title, ["layer", *labels], rows, dict.fromkeys(labels, ".2e"))
 
@@ -219,7 +218,7 @@ def spread_note(run: Trained) -> str:
     """How far apart the layers between the first and the last one, which multiply, are."""
 
     def spread(what: str) -> float:
-        medians = [median(sizes) for sizes in list(run.seen[what].values())[1:-1]]
+        medians = [statistics.median(steps) for steps in list(run.seen[what].values())[1:-1]]
         return max(medians) / min(medians) if min(medians) > 0 else float("inf")
 
     return (
@@ -238,9 +237,9 @@ def draw_steps(path: Path, runs: Sequence[Trained]) -> None:
         column[0].set_title(one.label)
         for axes, what in zip(column, ("gradients", "updates"), strict=True):
             layers = len(one.seen[what])
-            for i, sizes in enumerate(one.seen[what].values()):
-                steps = np.arange(1, len(sizes) + 1)
-                values = np.where(np.asarray(sizes) > 0, sizes, np.nan)
+            for i, line in enumerate(one.seen[what].values()):
+                steps = np.arange(1, len(line) + 1)
+                values = np.where(np.asarray(line) > 0, line, np.nan)
                 axes.plot(steps, values, color=colours(i / max(layers - 1, 1)), linewidth=0.8)
             axes.set_yscale("log")
             axes.grid(alpha=0.3)
@@ -259,7 +258,7 @@ def draw_layers(path: Path, runs: Sequence[Trained]) -> None:
     panels = figure.subplots(1, 2)
     for axes, what in zip(panels, ("gradients", "updates"), strict=True):
         for one, marker in zip(runs, "osD^v", strict=False):
-            values = [median(sizes) or np.nan for sizes in one.seen[what].values()]
+            values = [statistics.median(steps) or np.nan for steps in one.seen[what].values()]
             axes.plot(list(one.seen[what]), values, f"{marker}-", markersize=4, label=one.label)
         axes.set_yscale("log")
         axes.set_title("gradient" if what == "gradients" else "update")

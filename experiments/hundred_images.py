@@ -1,7 +1,6 @@
 """Training on a hundred images, which a network that learns at all can learn by heart."""
 
 import argparse
-import dataclasses
 import sys
 from typing import Any
 
@@ -33,13 +32,13 @@ TRAINING = TrainingOptions(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["adder", "conv"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, help="(default: adder conv)")
     TRAINING.add(parser)
 
 
 def run(options: argparse.Namespace, place: Place) -> Outcome:
     config = TRAINING.config(options)
-    chosen = ["adder"] if options.smoke else options.families
+    chosen = options.families or (["adder"] if options.smoke else ["adder", "conv"])
     plans = with_seeds(families(config, chosen), TRAINING.chosen_seeds(options))
     runs = train(plans, place, at_end=training_accuracy)
     what = f"{runs[0].config.model} on {config.limit_train} images of {config.dataset}"

@@ -50,6 +50,8 @@ $sections
 """)
 # Formats from a file: what Python's format would make of others may fill the memory.
 FORMAT = re.compile(r",?(\.\d{1,2})?[defg%]?")
+# What a file that says something else than expected brings about.
+DAMAGE = (UserError, KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = find([Path(folder) for folder in options.folders])
         out = Path(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(out, page(found).encode())
+        write_bytes(out, page(found).encode(errors="replace"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
@@ -154,7 +156,7 @@ def find(folders: Iterable[Path]) -> Found:
             else:
                 _run_section(path.parent, result)  # raises where something is missing
                 runs[path.parent] = result
-        except (UserError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        except DAMAGE as error:
             damaged.append((path, _reason(error)))
     experiments.sort(key=lambda section: (section.smoke, section.folder.name, section.folder))
     return Found(experiments, runs, damaged)
@@ -248,8 +250,8 @@ def _file_name(name: Any) -> str:
 
 def page(found: Found) -> str:
     """The whole page."""
-    studies = {section.folder: section for section in found.experiments}
-    alone = [folder for folder in found.runs if not any(p in studies for p in folder.parents)]
+    studies = {section.folder.resolve(): section for section in found.experiments}
+    alone = [folder for folder in found.runs if _owner(folder, studies) is None]
     sections = [
         *found.experiments,
         *(_run_section(folder, found.runs[folder]) for folder in alone),
@@ -272,16 +274,20 @@ def page(found: Found) -> str:
     )
 
 
-def run_table(
-    title: str, runs: dict[Path, dict[str, Any]], studies: dict[Path, Section]
-) -> Table:
-    """A row for each training run, with the experiment that it is a part of."""
+def run_table(title: str, runs: dict[Path, dict[str, Any]], studies: dict[Path, Section]) -> Table:
+    """A row for each training run, with the experiment that it is a part of.
+
+    Args:
+        title: of the table.
+        runs: the runs' results, by folder.
+        studies: the experiments, by resolved folder.
+    """
     columns = ["run", "part of", "model", "data", "family", "seed", "epochs", "test accuracy",
                "best", "training accuracy", "s per epoch", "parameters"]  # fmt: skip
     rows = []
     for folder, result in runs.items():
         run = result["run"]
-        owner = next((studies[parent] for parent in folder.parents if parent in studies), None)
+        owner = _owner(folder, studies)
         rows.append([
             folder.name, owner.folder.name if owner else None,
             *(str(run[name]) for name in ("model", "dataset", "family")),
@@ -294,6 +300,12 @@ def run_table(
         columns, rows = columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]
     formats = dict.fromkeys(("test accuracy", "best", "training accuracy"), ".2%")
     return Table(title, columns, rows, formats | {"s per epoch": ".1f", "parameters": ",d"})
+
+
+def _owner(folder: Path, studies: dict[Path, Section]) -> Section | None:
+    """The experiment in whose folder a run lies."""
+    parents = folder.resolve().parents
+    return next((studies[parent] for parent in parents if parent in studies), None)
 
 
 def _contents(entries: Sequence[tuple[str, str, bool]]) -> str:
@@ -352,9 +364,9 @@ def _figure(folder: Path, picture: Picture) -> str:
     content = path.read_bytes() if path.is_file() else b""
     if not content.startswith(PNG):
         return f'<p class="bad">{escape(str(path))} is not a PNG. {caption}</p>'
-    data = base64.b64encode(content).decode()
+    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return (
-        f'<figure><div class="scroll"><img alt="{caption}" src="data:image/png;base64,{data}"></div>'
+        f'<figure><div class="scroll"><img alt="{caption}" src="{source}"></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 

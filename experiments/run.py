@@ -211,7 +211,8 @@ class Run:
                 metrics.append(row)
                 self.state["sums"] = self._zero_sums()
                 save()
-                if is_first() and clock.draw_due():
+                last = epoch + 1 == config.epochs  # drawn when the run is finished
+                if is_first() and not last and clock.draw_due():
                     draw(self.folder / "curves.png", self.name, {self.family: metrics.rows})
                 bar.line(describe_row(self.name, config.epochs, row))
 

@@ -159,8 +159,9 @@ def _mark(axes: Axes, x: int, y: int, run: Trained, *, bright: bool) -> None:
     colour = "black" if bright or run.diverged else "white"
     axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
     if ending == DIVERGED:
-        cell = {"facecolor": "mistyrose", "edgecolor": "firebrick", "hatch": "///", "alpha": 0.5}
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **cell))
+        cell = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="mistyrose", edgecolor="firebrick")
+        cell.set(hatch="///", alpha=0.5)
+        axes.add_patch(cell)
     elif ending == NOT_LEARNED:
         frame = Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, fill=False, edgecolor="orange")
         frame.set_linewidth(2)

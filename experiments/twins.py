@@ -71,7 +71,7 @@ def epoch_table(runs: dict[str, Trained]) -> Table:
     accuracies = {name: [row["test_accuracy"] for row in one.rows] for name, one in runs.items()}
     seconds = {name: epoch_seconds(one) for name, one in runs.items()}
     columns = ["epoch"]
-    formats = {}
+    formats: dict[str, str] = {}
     for name in runs:
         columns += [name, f"{name}, s"]
         formats |= {name: ".2%", f"{name}, s": ".1f"}
