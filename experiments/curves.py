@@ -24,6 +24,7 @@ def draw(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> None:
     _plot(left, runs, "epoch", "loss")
     _plot(right, runs, "epoch", "accuracy")
     left.set_yscale("log")
+    _legend(figure, left, right)
     save(path, figure)
 
 
@@ -38,6 +39,7 @@ def draw_times(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> Non
     figure, (left, right) = _panels(title)
     _plot(left, runs, "epoch", "accuracy")
     _plot(right, runs, "seconds", "accuracy")
+    _legend(figure, left, right)
     save(path, figure)
 
 
@@ -71,4 +73,13 @@ def _plot(axes: Axes, runs: Mapping[str, Sequence[Row]], over: str, quantity: st
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss" if quantity == "loss" else "accuracy (%)")
     axes.grid(alpha=0.3)
-    axes.legend()
+
+
+def _legend(figure: Figure, *panels: Axes) -> None:
+    """In each panel; beside them where there are so many lines that it would cover some."""
+    handles, labels = panels[0].get_legend_handles_labels()
+    if len(labels) > 6:
+        figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+        return
+    for axes in panels:
+        axes.legend()

@@ -157,7 +157,7 @@ def find(folders: Iterable[Path]) -> Found:
                 _run_section(path.parent, result)  # raises where something is missing
                 runs[path.parent] = result
         except DAMAGE as error:
-            damaged.append((path, _reason(error)))
+            damaged.append((path, _reason(error).removeprefix(f"{path} ")))
     experiments.sort(key=lambda section: (section.smoke, section.folder.name, section.folder))
     return Found(experiments, runs, damaged)
 
