@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, place: Place) -> Outcome:
     config = TRAINING.config(options)
     config = dataclasses.replace(
-        config, model=options.model or config.model, seed=TRAINING.chosen_seeds(options)[0]
+        config, model=options.model or config.model, seed=TRAINING.one_seed(options)
     )
     plans = {
         label: dataclasses.replace(config, **changes)

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     config = TRAINING.config(options)
     config = dataclasses.replace(
         config, family=("adder",), model=options.model or config.model,
-        optimizer=options.optimizer, seed=TRAINING.chosen_seeds(options)[0],
+        optimizer=options.optimizer, seed=TRAINING.one_seed(options),
     )  # fmt: skip
     rates = options.rates or (SMOKE_RATES if options.smoke else RATES)
     scalings = options.adaptive_scaling or (["on"] if options.smoke else list(SCALINGS))

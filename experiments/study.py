@@ -20,6 +20,7 @@ from experiments.build import choose_model
 from experiments.command import Place
 from experiments.config import FAMILIES, IMPLEMENTATIONS, TrainConfig
 from experiments.data import Dataset, load
+from experiments.errors import UserError
 from experiments.files import write_json
 from experiments.metrics import Row, read_rows
 from experiments.outcome import Table
@@ -229,6 +230,18 @@ class TrainingOptions:
         if options.seeds is not None:
             return tuple(options.seeds)
         return self.seeds[:1] if options.smoke else self.seeds
+
+    def one_seed(self, options: argparse.Namespace) -> int:
+        """The seed of a study that has its runs once.
+
+        Raises:
+            UserError: several were given.
+        """
+        first, *others = self.chosen_seeds(options)
+        if others:
+            given = " ".join(map(str, (first, *others)))
+            raise UserError(f"--seeds: this study takes one seed, got {given}")
+        return first
 
 
 def families(config: TrainConfig, names: Sequence[str] = FAMILIES) -> dict[str, TrainConfig]:

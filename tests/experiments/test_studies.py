@@ -208,6 +208,14 @@ def test_full_sizes_are_complete(module: Any, capsys: pytest.CaptureFixture[str]
     assert f"python -m experiments.{module.EXPERIMENT.name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("module", [gradient_norms, stability])
+def test_studies_of_one_seed(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main(["--smoke", "--out-dir", str(tmp_path), "--seeds", "0", "1"]) == 2
+    assert capsys.readouterr().err == "error: --seeds: this study takes one seed, got 0 1\n"
+
+
 def test_accuracy_table_leaves_diverged_runs_out_of_the_mean() -> None:
     good = {"test_accuracy": 0.5, "best_test_accuracy": 0.6, "train_accuracy": 0.7,
             "parameters": 3, "seconds_per_epoch": 2.0}  # fmt: skip
