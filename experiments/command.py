@@ -6,11 +6,12 @@ record of command, versions and hardware beside every result.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -93,7 +94,7 @@ class Experiment:
         command = shlex.join(["python", "-m", f"experiments.{self.name}", *argv])
         start = time.monotonic()
         try:
-            with StopRequest() as stop:
+            with StopRequest() as stop, _compile_time(short=options.smoke):
                 outcome = self.run(options, Place(folder, options.smoke, command, stop))
         except Interrupted as stopped:
             print(f"{stopped} and saved; go on with:\n{command}", file=sys.stderr)
@@ -116,3 +117,14 @@ class Experiment:
             print(f"picture: {folder / picture.file}")
         print(f"result: {folder / 'result.json'}")
         return 0
+
+
+@contextlib.contextmanager
+def _compile_time(*, short: bool) -> Iterator[None]:
+    """Where it is to be short, XLA optimises little: compiling is most of a small run's work."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", short or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

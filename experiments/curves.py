@@ -1,9 +1,10 @@
-"""Training curves as a picture."""
+"""Training curves as pictures."""
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -19,26 +20,66 @@ def draw(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> None:
         title: the line above it.
         runs: the rows of each run's metrics file, by the name the legend shows.
     """
-    # A Figure of its own draws with Agg and leaves pyplot's global state alone.
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(1, 2)
-    for axes, quantity, scale in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
-        for i, (name, rows) in enumerate(runs.items()):
-            epochs = [row["epoch"] for row in rows]
-            for split, style in (("test", "-"), ("train", ":")):
-                values = [row[f"{split}_{quantity}"] for row in rows]
-                points = [float("nan") if v is None else scale * v for v in values]
-                marker = "." if len(points) == 1 else None
-                axes.plot(
-                    epochs, points, style, color=f"C{i}", marker=marker, label=f"{name}, {split}"
-                )
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel("loss" if quantity == "loss" else "accuracy (%)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    panels[0].set_yscale("log")
+    figure, (left, right) = _panels(title)
+    _plot(left, runs, "epoch", "loss")
+    _plot(right, runs, "epoch", "accuracy")
+    left.set_yscale("log")
+    _legend(figure, left, right)
+    save(path, figure)
+
+
+def draw_times(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> None:
+    """Writes a PNG with accuracy over epochs and over the seconds that training took.
+
+    Args:
+        path: the picture's file.
+        title: the line above it.
+        runs: as of `draw`.
+    """
+    figure, (left, right) = _panels(title)
+    _plot(left, runs, "epoch", "accuracy")
+    _plot(right, runs, "seconds", "accuracy")
+    _legend(figure, left, right)
+    save(path, figure)
+
+
+def save(path: Path, figure: Figure) -> None:
+    """Writes a figure as a PNG, at once."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_bytes(path, content.getvalue())
+
+
+def _panels(title: str) -> tuple[Figure, tuple[Axes, Axes]]:
+    # A Figure of its own draws with Agg and leaves pyplot's global state alone.
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    return figure, (left, right)
+
+
+def _plot(axes: Axes, runs: Mapping[str, Sequence[Row]], over: str, quantity: str) -> None:
+    """Draws loss or accuracy of test and training, over "epoch" or "seconds"."""
+    scale = 1 if quantity == "loss" else 100
+    for i, (name, rows) in enumerate(runs.items()):
+        places = [row[over] for row in rows]
+        for split, style in (("test", "-"), ("train", ":")):
+            values = [row[f"{split}_{quantity}"] for row in rows]
+            points = [float("nan") if v is None else scale * v for v in values]
+            marker = "." if len(points) == 1 else None
+            axes.plot(places, points, style, color=f"C{i}", marker=marker, label=f"{name}, {split}")
+    axes.set_xlabel(over)
+    if over == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("loss" if quantity == "loss" else "accuracy (%)")
+    axes.grid(alpha=0.3)
+
+
+def _legend(figure: Figure, *panels: Axes) -> None:
+    """In each panel; beside them where there are so many lines that it would cover some."""
+    handles, labels = panels[0].get_legend_handles_labels()
+    if len(labels) > 6:
+        figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+        return
+    for axes in panels:
+        axes.legend()

@@ -26,7 +26,8 @@ import jadder
 from experiments import devices, optimizer, steps
 from experiments.command import Experiment, Place
 from experiments.config import TrainConfig
-from experiments.data import Dataset, load
+from experiments.data import load
+from experiments.dataset import Dataset
 from experiments.drawing import new_figure, save
 from experiments.errors import UserError
 from experiments.files import read_json, write_json

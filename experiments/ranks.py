@@ -9,7 +9,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from experiments.augment import normalize
-from experiments.data import Dataset
+from experiments.dataset import Dataset
 from experiments.watch import Watched
 
 Floats = NDArray[np.floating[Any]]

@@ -4,18 +4,20 @@ import itertools
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import build, devices, optimizer, steps
 from experiments.checkpoint import Checkpoints, check_fingerprint, checksum, describe
 from experiments.config import TrainConfig
 from experiments.curves import draw
-from experiments.dataset import Dataset
+from experiments.dataset import Dataset, Images, Labels
 from experiments.environment import hardware, peak_memory, versions
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
@@ -23,9 +25,11 @@ from experiments.interrupt import Interrupted, StopRequest
 from experiments.metrics import MetricsFile, Row
 from experiments.processes import Votes, is_first, make_shared
 from experiments.progress import Progress
+from experiments.streamed import StreamedImages
 from jadder.nn import adder_mask
 
 Result = dict[str, Any]
+Wrap = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
 Order = np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -60,6 +64,7 @@ class Diverged(UserError):
             "help",
             status=1,
         )
+        self.step = step
 
 
 class Run:
@@ -72,13 +77,22 @@ class Run:
         family: which of its families.
         dataset: the images.
         command: the command line, for the record.
+        wrap: from the optimizer and the number of steps, makes an optimizer that does the same and
+            keeps a record in its state.
 
     Raises:
         UserError: the folder holds a run of another configuration, or the configuration does
             not suit the data or the devices.
     """
 
-    def __init__(self, config: TrainConfig, family: str, dataset: Dataset, command: str):
+    def __init__(
+        self,
+        config: TrainConfig,
+        family: str,
+        dataset: Dataset,
+        command: str,
+        wrap: Wrap | None = None,
+    ):
         self.config, self.family, self.dataset, self.command = config, family, dataset, command
         self.name = config.run_name(family)
         self.folder = Path(config.out_dir) / self.name
@@ -100,6 +114,7 @@ class Run:
         )
         model = build.build_model(config, family, dataset)
         tx = optimizer.make(config, self.recipe, self.schedule, adder_mask(model))
+        tx = tx if wrap is None else wrap(tx, self.total_steps)
         self.graphdef, state = steps.initial_state(model, tx, self.dtype)
         self.state = self.devices.replicate(state)
         self.train_step = steps.make_train_step(
@@ -190,12 +205,15 @@ class Run:
                 rate = (step - first) * config.batch_size / clock.epoch_seconds()
                 bar.show(step * config.batch_size, *train)
                 self._check_finite(train[0], step)
-                tested = self._evaluate(stop_if_asked)
+                tested = self.evaluate(
+                    dataset.test_images, dataset.test_labels, after_batch=stop_if_asked
+                )
                 row = self._row(epoch + 1, step, train, tested, clock.seconds(), rate)
                 metrics.append(row)
                 self.state["sums"] = self._zero_sums()
                 save()
-                if is_first() and clock.draw_due():
+                last = epoch + 1 == config.epochs  # drawn when the run is finished
+                if is_first() and not last and clock.draw_due():
                     draw(self.folder / "curves.png", self.name, {self.family: metrics.rows})
                 bar.line(describe_row(self.name, config.epochs, row))
 
@@ -212,8 +230,14 @@ class Run:
     def _zero_sums(self) -> Any:
         return self.devices.replicate(steps.zero_sums(self.dtype))
 
-    def _evaluate(self, stop_if_asked: Any) -> Any:
-        images, labels = self.dataset.test_images, self.dataset.test_labels
+    def evaluate(
+        self,
+        images: Images | StreamedImages,
+        labels: Labels,
+        *,
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> tuple[float, float]:
+        """Mean loss and accuracy of the present state on images, with running statistics."""
         rows, sums = self.devices.rows, self._zero_sums()
         for start in range(0, len(images), self.config.batch_size):
             # The last batch is filled up with an image that does not count.
@@ -221,8 +245,20 @@ class Run:
             index, counts = np.minimum(place, len(images) - 1), place < len(images)
             batch = rows(images, index), rows(labels, index), rows(counts, place - start)
             sums = self.eval_step(self.state["params"], self.state["model"], *batch, sums)
-            stop_if_asked()
+            after_batch()
         return means(sums)
+
+    def restore(self) -> None:
+        """Takes the state of the newest checkpoint.
+
+        Raises:
+            UserError: there is none, or it is not this run's.
+        """
+        with Checkpoints(self.folder / "checkpoints", self.fingerprint) as checkpoints:
+            restored = checkpoints.restore(self.state)
+        if restored is None:
+            raise UserError(f"{self.folder} has no checkpoint")
+        self.state, _ = restored
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not np.isfinite(loss):

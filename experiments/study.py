@@ -1,7 +1,8 @@
 """Several training runs side by side: trained one after the other, compared in tables and pictures.
 
-Each run has a folder of its own, as `experiments.train` makes it. A run that is finished is not
-trained again, one that was interrupted goes on: a study that is killed is continued by its command.
+Each run has a folder of its own, as `experiments.train` makes it. A run that is finished, or has
+diverged, is not trained again, one that was interrupted goes on: a study that is killed is
+continued by its command.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import dataclasses
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from experiments.command import Place
 from experiments.config import FAMILIES, IMPLEMENTATIONS, TrainConfig
 from experiments.data import load
 from experiments.dataset import Dataset
+from experiments.errors import UserError
+from experiments.files import write_json
 from experiments.metrics import Row, read_rows
 from experiments.outcome import Table
-from experiments.run import Diverged, Result, Run
+from experiments.run import Diverged, Result, Run, Wrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Trained:
         folder: where it lies.
         rows: its metrics, a row for each epoch.
         result: what `result.json` says, None for a run whose loss became infinite or NaN.
+        classes: of the data.
+        seen: what `at_end` made of it; None for a run that diverged.
     """
 
     label: str
@@ -42,10 +47,17 @@ class Trained:
     folder: Path
     rows: Sequence[Row]
     result: Result | None
+    classes: int
+    seen: Any = None
 
     @property
     def diverged(self) -> bool:
         return self.result is None
+
+    @property
+    def learned(self) -> bool:
+        """Whether the training accuracy of its last epoch is at least twice chance."""
+        return self.result is not None and self.result["train_accuracy"] >= 2 / self.classes
 
     @property
     def test_accuracy(self) -> float | None:
@@ -61,13 +73,27 @@ class Trained:
             "folder": self.folder.name,
             "run": {"family": self.config.family[0], **self.config.science()},
             "diverged": self.diverged,
+            "learned": self.learned,
             **({} if self.result is None else {name: self.result[name] for name in kept}),
             "epochs": list(self.rows),
         }
 
 
-def train(plans: Mapping[str, TrainConfig], place: Place) -> list[Trained]:
+def train(
+    plans: Mapping[str, TrainConfig],
+    place: Place,
+    *,
+    wrap: Wrap | None = None,
+    at_end: Callable[[Run], Any] | None = None,
+) -> list[Trained]:
     """Trains each configuration in a folder under `place`, named after its label.
+
+    Args:
+        plans: the configurations, of one family each, by label.
+        place: whose folder takes the runs.
+        wrap: as of `Run`.
+        at_end: looks at each run that has come to its end, with its last state; what it returns
+            is the run's `seen`.
 
     Raises:
         UserError: a configuration that cannot be had, or a folder with another run.
@@ -89,20 +115,31 @@ def train(plans: Mapping[str, TrainConfig], place: Place) -> list[Trained]:
         config = dataclasses.replace(
             config, model=choose_model(config.model, dataset), out_dir=str(place.folder), name=name
         )
-        done.append(_train_one(label, config, dataset, place))
-        # The programs of a run are of no use to the next one, and large.
-        jax.clear_caches()
+        run = Run(config, config.family[0], dataset, place.command, wrap)
+        result = _train_one(run, place)
+        seen = None
+        if at_end is not None and result is not None:
+            run.restore()
+            seen = at_end(run)
+        rows = read_rows(run.folder / "metrics.jsonl")
+        done.append(Trained(label, config, run.folder, rows, result, dataset.num_classes, seen))
+        if not place.smoke:
+            # The programs of a run are of no use to the next one, and large.
+            jax.clear_caches()
     return done
 
 
-def _train_one(label: str, config: TrainConfig, dataset: Dataset, place: Place) -> Trained:
-    run = Run(config, config.family[0], dataset, place.command)
-    result = run.finished()
+def _train_one(run: Run, place: Place) -> Result | None:
+    """The run's result, None where it diverged, now or in an earlier process."""
+    record = run.folder / "diverged.json"
+    if record.is_file():
+        return None
     try:
-        result = result or run.train(place.stop)
+        return run.finished() or run.train(place.stop)
     except Diverged as diverged:
         print(diverged, file=sys.stderr)
-    return Trained(label, config, run.folder, read_rows(run.folder / "metrics.jsonl"), result)
+        write_json(record, {"step": diverged.step, "message": str(diverged)})
+        return None
 
 
 def with_seeds(plans: Mapping[str, TrainConfig], seeds: Iterable[int]) -> dict[str, TrainConfig]:
@@ -196,6 +233,18 @@ class TrainingOptions:
         if options.seeds is not None:
             return tuple(options.seeds)
         return self.seeds[:1] if options.smoke else self.seeds
+
+    def one_seed(self, options: argparse.Namespace) -> int:
+        """The seed of a study that has its runs once.
+
+        Raises:
+            UserError: several were given.
+        """
+        first, *others = self.chosen_seeds(options)
+        if others:
+            given = " ".join(map(str, (first, *others)))
+            raise UserError(f"--seeds: this study takes one seed, got {given}")
+        return first
 
 
 def families(config: TrainConfig, names: Sequence[str] = FAMILIES) -> dict[str, TrainConfig]:

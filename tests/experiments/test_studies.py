@@ -1,0 +1,230 @@
+"""The studies: what they record is right, and each runs at its small size in this process."""
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jadder
+from experiments import command, gradient_norms, hundred_images, resnet20, stability, study, twins
+from experiments.config import TrainConfig
+from experiments.interrupt import StopRequest
+from experiments.run import Run
+from experiments.study import Trained
+
+
+def smoke(module: Any, folder: Path, *options: str) -> dict[str, Any]:
+    """Runs a script at its small size and returns its result."""
+    assert module.main(["--smoke", "--out-dir", str(folder), "--devices", "1", *options]) == 0
+    place = folder / f"{module.EXPERIMENT.name}-smoke"
+    result: dict[str, Any] = json.loads((place / "result.json").read_text())
+    assert result["experiment"] == module.EXPERIMENT.name
+    assert result["smoke"] is True
+    for picture in result["pictures"]:
+        assert (place / picture["file"]).read_bytes().startswith(b"\x89PNG")
+        assert picture["caption"]
+    return result
+
+
+def trained(train_accuracy: float | None, classes: int = 10) -> Trained:
+    """A run with this result, None for one that diverged."""
+    result = None if train_accuracy is None else {"train_accuracy": train_accuracy}
+    return Trained("a", TrainConfig(), Path("a"), [], result, classes)
+
+
+# -- gradient sizes --------------------------------------------------------------------------------
+
+
+def test_recorded_sizes_are_those_of_a_hand_computed_gradient() -> None:
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(5, 3)), rng.normal(size=(5, 4))
+    model = jadder.AdderLinear(3, 4, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    kernel = np.asarray(params["kernel"], np.float64)
+    rate, decay, eta = 0.5, 0.1, 0.2
+    tx = gradient_norms.recording(
+        jadder.adder_sgd(rate, weight_decay=decay, eta=eta, mask={"kernel": True}), steps=2
+    )
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.sum(nnx.merge(graphdef, params)(jnp.asarray(x, jnp.float32)) * g)
+
+    state = tx.init(params)
+    for _ in range(2):  # the parameters stay, so the second step differs by its momentum only
+        _, state = tx.update(jax.grad(loss)(params), state, params)
+
+    # AdderNet's rule: ∂y[m, n]/∂w[k, n] = x[m, k] - w[k, n].
+    gradient = np.einsum("mn,mkn->kn", g, x[:, :, None] - kernel)
+    size = np.sqrt(np.mean(gradient**2))
+    step = eta * gradient / size + decay * kernel
+    update = rate * np.sqrt(np.mean(step**2))
+    np.testing.assert_allclose(state.gradients, [[size], [size]], rtol=1e-5)
+    np.testing.assert_allclose(state.updates, [[update], [1.9 * update]], rtol=1e-5)
+
+
+def test_recording_changes_no_update() -> None:
+    params = {"a": jnp.arange(3.0), "b": jnp.ones((2, 2))}
+    plain, kept = optax.adamw(0.1), gradient_norms.recording(optax.adamw(0.1), steps=1)
+    expected, _ = plain.update(params, plain.init(params), params)
+    updates, _ = kept.update(params, kept.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+@given(st.integers(-120, 120), st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=5))
+def test_sizes_do_not_underflow(exponent: int, values: list[float]) -> None:
+    values = [round(64 * value) / 64 for value in values]
+    expected = np.sqrt(np.mean(np.square(values))) * 2.0**exponent
+    leaf = jnp.asarray(np.asarray(values, np.float32) * np.float32(2.0**exponent))
+    np.testing.assert_allclose(gradient_norms.root_mean_square(leaf), expected, rtol=1e-5)
+
+
+def test_gradient_norms(tmp_path: Path) -> None:
+    result = smoke(gradient_norms, tmp_path)
+    runs = {run["label"]: run for run in result["data"]["runs"]}
+    assert list(runs) == ["adder, scaled", "adder, not scaled", "conv"]
+    scaled, unscaled = (runs[label]["sizes"] for label in list(runs)[:2])
+    for sizes in (scaled, unscaled, runs["conv"]["sizes"]):
+        for what in ("gradients", "updates"):
+            assert list(sizes[what]) == ["conv1", "conv2", "fc1", "fc2", "fc3"]
+            assert {len(steps) for steps in sizes[what].values()} == {8}
+            assert min(min(steps) for steps in sizes[what].values()) > 0
+    # Before the first update both networks are one: the same gradients, to their four digits.
+    for layer in ("conv1", "conv2", "fc1", "fc2", "fc3"):
+        first = scaled["gradients"][layer][0]
+        assert unscaled["gradients"][layer][0] == pytest.approx(first, rel=2e-3)
+    # The first step is at the full rate, 0.1: scaled, adder layers move by a fifth of it.
+    for layer in ("conv2", "fc1", "fc2"):
+        assert scaled["updates"][layer][0] == pytest.approx(0.1 * 0.2, rel=1e-2)
+        assert unscaled["updates"][layer][0] < 0.1 * (unscaled["gradients"][layer][0] + 1e-3)
+
+
+# -- the other studies -----------------------------------------------------------------------------
+
+
+def test_hundred_images_are_learned_by_heart(tmp_path: Path) -> None:
+    result = smoke(hundred_images, tmp_path)
+    (run,) = result["data"]["runs"]
+    assert run["run"]["limit_train"] == 100
+    assert len(run["epochs"]) == 20
+    assert run["train_accuracy_evaluated"] == 1
+    assert result["data"]["fitted"] == ["adder s0"]
+
+
+def test_stability_records_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = smoke(stability, tmp_path)
+    runs = result["data"]["runs"]
+    assert [run["verdict"] == "diverged" for run in runs] == 2 * [False, True]
+    assert [run["run"]["rule"] for run in runs] == ["addernet"] * 2 + ["adder_vit"] * 2
+    assert result["tables"][0]["rows"][0][-1] == "diverged"
+    record = json.loads((tmp_path / "stability-smoke" / runs[1]["folder"]).joinpath(
+        "diverged.json").read_text())  # fmt: skip
+    assert record["step"] == 2
+    assert "loss" in record["message"]
+
+    # Neither a finished run nor a diverged one is trained again.
+    monkeypatch.setattr(Run, "train", lambda *_: pytest.fail("trained again"))
+    again = smoke(stability, tmp_path)
+    assert again["data"] == result["data"]
+
+
+def test_verdicts() -> None:
+    runs = [trained(None), trained(0.19), trained(0.2), trained(0.9)]
+    assert [stability.fate(run) for run in runs] == ["diverged", "did not learn", "", ""]
+    assert stability.verdict("v", (3.0, 0.1, 0.01, 1e-4), runs) == (
+        "v: diverged at 3; did not learn at 0.1."
+    )
+    assert stability.verdict("v", (0.1,), runs[3:]) == "v: learned at every rate."
+    assert trained(0.02, classes=100).learned
+    assert not trained(0.02, classes=99).learned
+
+
+class StopAfter(StopRequest):
+    """Asks to stop when it has been asked `count` times."""
+
+    def __init__(self, count: int):
+        self.left = count
+
+    @property
+    def signum(self) -> int | None:  # type: ignore[override]
+        self.left -= 1
+        return signal.SIGTERM if self.left <= 0 else None
+
+
+def test_interrupted_study_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--smoke", "--out-dir", str(tmp_path), "--devices", "1", "--families", "adder",
+               "conv"]  # fmt: skip
+    folder = tmp_path / "twins-smoke"
+    # A run of 2 steps and 12 test batches an epoch asks 28 times: this one stops in the second.
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "StopRequest", lambda: StopAfter(28 + 15))
+        assert twins.main(options) == 128 + signal.SIGTERM
+    said, again = capsys.readouterr().err.splitlines()[-2:]
+    assert said == "conv-s0 stopped after 3 of 4 steps and saved; go on with:"
+    assert again.startswith("python -m experiments.twins --smoke ")
+    assert not (folder / "result.json").exists()
+    before = (folder / "adder-s0" / "result.json").stat().st_mtime_ns
+
+    result = smoke(twins, tmp_path, "--families", "adder", "conv")
+    assert (folder / "adder-s0" / "result.json").stat().st_mtime_ns == before
+    runs = result["data"]["runs"]
+    assert [[row["step"] for row in run["epochs"]] for run in runs] == [[2, 4]] * 2
+    table = result["tables"][1]
+    assert table["columns"] == ["epoch", "adder", "adder, s", "conv", "conv, s"]
+    for i, row in enumerate(table["rows"]):
+        assert row[1::2] == [run["epochs"][i]["test_accuracy"] for run in runs]
+    for i, run in enumerate(runs):
+        total = sum(row[2 + 2 * i] for row in table["rows"])
+        assert total == pytest.approx(run["epochs"][-1]["seconds"])
+
+
+def test_resnet20(tmp_path: Path) -> None:
+    result = smoke(resnet20, tmp_path, "--families", "adder")
+    assert [run["label"] for run in result["data"]["runs"]] == ["adder, 1 epochs s0"]
+    assert result["tables"][0]["rows"][0][:3] == ["adder, 1 epochs", 1, 0]
+
+
+@pytest.mark.parametrize("module", [gradient_norms, hundred_images, resnet20, stability, twins])
+def test_full_sizes_are_complete(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    config = module.TRAINING.config(module.EXPERIMENT.parser().parse_args([]))
+    assert config == module.TRAINING.full
+    small = module.TRAINING.smoke
+    assert small.dataset == "digits"
+    with pytest.raises(SystemExit) as caught:
+        module.main(["--help"])
+    assert caught.value.code == 0
+    assert f"python -m experiments.{module.EXPERIMENT.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [gradient_norms, stability])
+def test_studies_of_one_seed(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main(["--smoke", "--out-dir", str(tmp_path), "--seeds", "0", "1"]) == 2
+    assert capsys.readouterr().err == "error: --seeds: this study takes one seed, got 0 1\n"
+
+
+def test_accuracy_table_leaves_diverged_runs_out_of_the_mean() -> None:
+    good = {"test_accuracy": 0.5, "best_test_accuracy": 0.6, "train_accuracy": 0.7,
+            "parameters": 3, "seconds_per_epoch": 2.0}  # fmt: skip
+    config = TrainConfig(seed=1)
+    runs = [
+        Trained("a s0", TrainConfig(), Path("a0"), [], good, 10),
+        Trained("a s1", config, Path("a1"), [], None, 10),
+        Trained("a s2", dataclasses.replace(config, seed=2), Path("a2"), [],
+                {**good, "test_accuracy": 0.75}, 10),
+    ]  # fmt: skip
+    table = study.accuracy_table("t", runs)
+    assert table.rows == [["a", 3, 1, 0.625, 0.25, 0.6, 0.7, 3, 2.0]]
