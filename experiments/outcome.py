@@ -48,10 +48,15 @@ class Table:
             for row in self.rows
         ]
 
+    def text_columns(self) -> list[bool]:
+        """Which columns hold words, and perhaps nothing; the others are set flush right."""
+        places = range(len(self.columns))
+        return [all(isinstance(row[i], str | None) for row in self.rows) for i in places]
+
     def __str__(self) -> str:
         lines = [list(self.columns), *self.texts()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        left = [all(isinstance(row[i], str) for row in self.rows) for i in range(len(widths))]
+        left = self.text_columns()
         return "\n".join(
             "  ".join(
                 text.ljust(width) if is_left else text.rjust(width)

@@ -217,7 +217,10 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     devices = hardware["devices"]
     kinds = ", ".join(f"{devices.count(kind)} × {kind}" for kind in dict.fromkeys(devices))
     facts = [
-        ("time", duration(float(result["seconds"]))),
+        (
+            "time of the command" if "experiment" in result else "time",
+            duration(float(result["seconds"])),
+        ),
         ("hardware", f"{hardware['processor']}, {hardware['cores']} cores; devices: {kinds}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
@@ -341,8 +344,7 @@ def _section(anchor: str, section: Section) -> str:
 
 
 def _table(table: Table) -> str:
-    texts = [all(isinstance(row[i], str) for row in table.rows) for i in range(len(table.columns))]
-    classes = ["" if is_text else ' class="number"' for is_text in texts]
+    classes = ["" if is_text else ' class="number"' for is_text in table.text_columns()]
 
     def line(tag: str, cells: Sequence[str]) -> str:
         inner = "".join(
