@@ -23,19 +23,19 @@ from flax import nnx
 from matplotlib.ticker import MaxNLocator
 
 import jadder
-from experiments import devices, optimizer, steps
-from experiments.command import Experiment, Place
-from experiments.config import TrainConfig
-from experiments.data import load
-from experiments.dataset import Dataset
-from experiments.drawing import new_figure, save
-from experiments.errors import UserError
-from experiments.files import read_json, write_json
-from experiments.interrupt import Interrupted
-from experiments.outcome import Cell, Outcome, Picture, Table
-from experiments.ranks import Observer, effective_rank
-from experiments.run import Diverged, epoch_order, means
-from experiments.study import TrainingOptions
+from experiments.common.drawing import new_figure, save
+from experiments.common.errors import UserError
+from experiments.common.files import read_json, write_json
+from experiments.common.interrupt import Interrupted
+from experiments.images.dataset import Dataset
+from experiments.images.load import load
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Cell, Outcome, Picture, Table
+from experiments.studies.ranks import Observer, effective_rank
+from experiments.studies.study import TrainingOptions
+from experiments.training import devices, optimizer, steps
+from experiments.training.config import TrainConfig
+from experiments.training.run import Diverged, epoch_order, means
 from jadder.implementations import Implementation
 from jadder.models import Family, get_family
 

@@ -19,13 +19,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.build import build_model
-from experiments.command import Experiment, Place
-from experiments.config import TrainConfig
-from experiments.curves import save
-from experiments.outcome import Outcome, Picture, Table
-from experiments.run import Run
-from experiments.study import Trained, TrainingOptions, train
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Outcome, Picture, Table
+from experiments.studies.study import Trained, TrainingOptions, train
+from experiments.training.build import build_model
+from experiments.training.config import TrainConfig
+from experiments.training.curves import save
+from experiments.training.run import Run
 
 ABOUT = """\
 Gradient sizes of every layer while a network trains: with adaptive scaling, without, multiplying.

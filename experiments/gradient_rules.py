@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jadder
-from experiments.command import Experiment, Place
-from experiments.drawing import new_figure, save
-from experiments.outcome import Cell, Outcome, Picture, Table
+from experiments.common.drawing import new_figure, save
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Cell, Outcome, Picture, Table
 from jadder.rules import Clip, GradientRule
 
 ABOUT = """\

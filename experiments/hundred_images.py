@@ -6,12 +6,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.command import Experiment, Place
-from experiments.config import FAMILIES, TrainConfig
-from experiments.curves import draw
-from experiments.outcome import Outcome, Picture, Table
-from experiments.run import Run
-from experiments.study import Trained, TrainingOptions, families, train, with_seeds
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Outcome, Picture, Table
+from experiments.studies.study import Trained, TrainingOptions, families, train, with_seeds
+from experiments.training.config import FAMILIES, TrainConfig
+from experiments.training.curves import draw
+from experiments.training.run import Run
 
 ABOUT = """\
 A hundred training images, batch 16, 20 epochs: the adder network has to fit them.

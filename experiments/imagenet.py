@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.command import Experiment, Place
-from experiments.config import FAMILIES, TrainConfig
-from experiments.curves import draw
-from experiments.outcome import Outcome, Picture
-from experiments.study import (
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Outcome, Picture
+from experiments.studies.study import (
     TrainingOptions,
     accuracy_table,
     by_label,
@@ -21,6 +19,8 @@ from experiments.study import (
     train,
     with_seeds,
 )
+from experiments.training.config import FAMILIES, TrainConfig
+from experiments.training.curves import draw
 
 ABOUT = """\
 SimpleViT on ImageNet, adder and conv at equal budget, through tensorflow-datasets.

@@ -14,13 +14,12 @@ import jax.numpy as jnp
 
 import jadder
 from benchmarks.timing import interleaved
-from experiments.command import Experiment, Place
-from experiments.config import FAMILIES, IMPLEMENTATIONS
-from experiments.drawing import new_figure, save
-from experiments.errors import UserError
-from experiments.outcome import Cell, Outcome, Picture, Table
-from experiments.products import Product, products
-from experiments.programs import (
+from experiments.common.drawing import new_figure, save
+from experiments.common.errors import UserError
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Cell, Outcome, Picture, Table
+from experiments.studies.products import Product, products
+from experiments.studies.programs import (
     Images,
     create,
     load_average,
@@ -29,6 +28,7 @@ from experiments.programs import (
     random_normal,
     update,
 )
+from experiments.training.config import FAMILIES, IMPLEMENTATIONS
 from jadder.models import Family, get_family
 from jadder.nn import AdderKernel
 

@@ -15,10 +15,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.config import Parser
-from experiments.errors import UserError
-from experiments.files import read_json, write_bytes
-from experiments.outcome import Picture, Table
+from experiments.common.errors import UserError
+from experiments.common.files import read_json, write_bytes
+from experiments.studies.outcome import Picture, Table
+from experiments.training.config import Parser
 
 ABOUT = """\
 Renders every result.json under some folders into one HTML page, with its tables and pictures.

@@ -4,11 +4,9 @@ import argparse
 import dataclasses
 import sys
 
-from experiments.command import Experiment, Place
-from experiments.config import FAMILIES, TrainConfig
-from experiments.curves import draw
-from experiments.outcome import Outcome, Picture
-from experiments.study import (
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Outcome, Picture
+from experiments.studies.study import (
     TrainingOptions,
     accuracy_table,
     by_label,
@@ -16,6 +14,8 @@ from experiments.study import (
     train,
     with_seeds,
 )  # fmt: skip
+from experiments.training.config import FAMILIES, TrainConfig
+from experiments.training.curves import draw
 
 ABOUT = """\
 ResNet-20 on CIFAR-10: adder, conv and euclid at equal budget.

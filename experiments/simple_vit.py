@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from experiments.command import Experiment, Place
-from experiments.config import TrainConfig
-from experiments.curves import draw
-from experiments.outcome import Outcome, Picture, Table
-from experiments.study import (
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Outcome, Picture, Table
+from experiments.studies.study import (
     Trained,
     TrainingOptions,
     accuracy_table,
@@ -19,6 +17,8 @@ from experiments.study import (
     train,
     with_seeds,
 )
+from experiments.training.config import TrainConfig
+from experiments.training.curves import draw
 
 ABOUT = """\
 SimpleViT on CIFAR-10: the variants of Adder-ViT (github.com/MTDoven/Adder-ViT), and jadder's.

@@ -13,11 +13,11 @@ import jax
 
 import jadder
 from benchmarks.timing import interleaved
-from experiments.command import Experiment, Place
-from experiments.drawing import new_figure, save
-from experiments.errors import UserError
-from experiments.outcome import Cell, Outcome, Picture, Table
-from experiments.programs import (
+from experiments.common.drawing import new_figure, save
+from experiments.common.errors import UserError
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Cell, Outcome, Picture, Table
+from experiments.studies.programs import (
     Images,
     create,
     load_average,

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from experiments.command import Experiment, Place
-from experiments.config import OPTIMIZERS, TrainConfig
-from experiments.curves import save
-from experiments.outcome import Outcome, Picture, Table
-from experiments.study import Trained, TrainingOptions, train
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Outcome, Picture, Table
+from experiments.studies.study import Trained, TrainingOptions, train
+from experiments.training.config import OPTIMIZERS, TrainConfig
+from experiments.training.curves import save
 
 ABOUT = """\
 HT(d) against HT(4d), with and without adaptive scaling, over a grid of learning rates.

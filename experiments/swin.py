@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from experiments.command import Experiment, Place
-from experiments.config import TrainConfig
-from experiments.curves import draw
-from experiments.outcome import Outcome, Picture
-from experiments.study import (
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Outcome, Picture
+from experiments.studies.study import (
     TrainingOptions,
     accuracy_table,
     by_label,
     train,
     with_seeds,
 )
+from experiments.training.config import TrainConfig
+from experiments.training.curves import draw
 
 ABOUT = """\
 Swin transformer on CIFAR-10 at equal budget: adder, its multiplying twin with the same batch norms,

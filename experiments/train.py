@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.config import TrainConfig, parse
-from experiments.errors import UserError
+from experiments.common.errors import UserError
+from experiments.training.config import TrainConfig, parse
 
 if TYPE_CHECKING:
-    from experiments.run import Result, Run
+    from experiments.training.run import Result, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +48,8 @@ def check_extras(config: TrainConfig) -> None:
 
 def train_all(config: TrainConfig, argv: Sequence[str]) -> int:
     """Trains each family in turn and prints what came out."""
-    from experiments import processes, run
-    from experiments.interrupt import Interrupted, StopRequest
+    from experiments.common.interrupt import Interrupted, StopRequest
+    from experiments.training import processes, run
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's and tfds' own progress reports
     command = shlex.join(["python", "-m", "experiments.train", *argv])
@@ -86,8 +86,8 @@ def prepare(config: TrainConfig, command: str) -> "tuple[TrainConfig, dict[str, 
     Raises:
         UserError: what cannot be done, all of it found out now.
     """
-    from experiments import build, run
-    from experiments.data import load
+    from experiments.images.load import load
+    from experiments.training import build, run
 
     dataset = load(
         config.dataset, config.data_dir, image_size=config.image_size,
@@ -101,8 +101,8 @@ def prepare(config: TrainConfig, command: str) -> "tuple[TrainConfig, dict[str, 
 
 def report(config: TrainConfig, results: "dict[str, Result]") -> None:
     """Prints a table of the runs and draws them in one picture."""
-    from experiments.curves import draw
-    from experiments.metrics import read_rows
+    from experiments.training.curves import draw
+    from experiments.training.metrics import read_rows
 
     folders = {family: Path(config.out_dir) / config.run_name(family) for family in results}
     if len(folders) == 1:

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.command import Experiment, Place
-from experiments.config import FAMILIES, TrainConfig
-from experiments.curves import draw, draw_times
-from experiments.outcome import Outcome, Picture, Table
-from experiments.study import (
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Outcome, Picture, Table
+from experiments.studies.study import (
     Trained,
     TrainingOptions,
     accuracy_table,
@@ -19,6 +17,8 @@ from experiments.study import (
     train,
     with_seeds,
 )  # fmt: skip
+from experiments.training.config import FAMILIES, TrainConfig
+from experiments.training.curves import draw, draw_times
 
 ABOUT = """\
 The same network adding, multiplying and in squared distances: accuracy and seconds of each epoch.

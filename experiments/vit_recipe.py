@@ -10,11 +10,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.command import Experiment, Place
-from experiments.config import TrainConfig
-from experiments.drawing import new_figure, save
-from experiments.outcome import Outcome, Picture
-from experiments.study import (
+from experiments.common.drawing import new_figure, save
+from experiments.studies.command import Experiment, Place
+from experiments.studies.outcome import Outcome, Picture
+from experiments.studies.study import (
     Trained,
     TrainingOptions,
     accuracy_table,
@@ -22,6 +21,7 @@ from experiments.study import (
     train,
     with_seeds,
 )
+from experiments.training.config import TrainConfig
 
 ABOUT = """\
 What makes adder transformers train: the recipe, with one thing changed at a time.

@@ -1,4 +1,4 @@
-"""experiments.augment: what crops and flips may do to an image, and nothing else."""
+"""experiments.images.augment: what crops and flips may do to an image, and nothing else."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.augment import normalize, random_crop, random_flip
+from experiments.images.augment import normalize, random_crop, random_flip
 
 # Few shapes, for each compiles anew.
 SHAPES = st.sampled_from([(3, 6, 5, 3), (1, 1, 4, 1), (4, 2, 1, 2)])

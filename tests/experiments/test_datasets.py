@@ -1,4 +1,4 @@
-"""experiments.data: each format, and each way in which its files can be wrong."""
+"""images.load: each format, and each way in which its files can be wrong."""
 
 import functools
 import gzip
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.data import load, read_idx
-from experiments.errors import UserError
-from experiments.streamed import StreamedImages
+from experiments.common.errors import UserError
+from experiments.images.load import load, read_idx
+from experiments.images.streamed import StreamedImages
 from experiments.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -297,7 +297,7 @@ def test_tfds(tfds_folder: Path) -> None:
 
 def test_tfds_does_not_import_tensorflow(tfds_folder: Path) -> None:
     code = (
-        "import sys; from experiments.data import load; "
+        "import sys; from experiments.images.load import load; "
         f"d = load('tfds:tiny', {str(tfds_folder)!r}); "
         "print(len(d.test_images), 'tensorflow' in sys.modules)"
     )

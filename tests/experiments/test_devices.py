@@ -22,13 +22,13 @@ import numpy as np
 import pytest
 
 import jadder
-from experiments.checkpoint import Checkpoints
-from experiments.config import parse
-from experiments.data import load
-from experiments.dataset import Dataset
-from experiments.errors import UserError
-from experiments.interrupt import Interrupted, StopRequest
-from experiments.run import Run
+from experiments.common.errors import UserError
+from experiments.common.interrupt import Interrupted, StopRequest
+from experiments.images.dataset import Dataset
+from experiments.images.load import load
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.config import parse
+from experiments.training.run import Run
 
 # 2 steps an epoch, in which 4 of the 20 images are left over; the last test batch has 3 images.
 OPTIONS = "--dataset mnist --model lenet5 --family adder --batch-size 8 --epochs 2 --name run"
@@ -300,9 +300,9 @@ def test_signal_to_one_process_stops_both(
 
 AGREEMENT = """
 import functools, pathlib, sys
-from experiments import processes
-from experiments.config import parse
-from experiments.errors import UserError
+from experiments.training import processes
+from experiments.training.config import parse
+from experiments.common.errors import UserError
 
 def attempt(function, *args):
     try:

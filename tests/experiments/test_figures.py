@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 
 from benchmarks.timing import interleaved
 from experiments import diversity, gradient_rules, profile_step, speed
-from experiments.augment import normalize
-from experiments.command import Experiment
-from experiments.data import load
-from experiments.errors import UserError
-from experiments.interrupt import Interrupted
-from experiments.products import products
-from experiments.programs import Images, create
-from experiments.ranks import Observer, effective_rank
+from experiments.common.errors import UserError
+from experiments.common.interrupt import Interrupted
+from experiments.images.augment import normalize
+from experiments.images.load import load
+from experiments.studies.command import Experiment
+from experiments.studies.products import products
+from experiments.studies.programs import Images, create
+from experiments.studies.ranks import Observer, effective_rank
 from jadder.models import get_family
 from jadder.rules import Clip
 from tests.strategies import clips, seeds

@@ -1,4 +1,4 @@
-"""experiments.metrics: rows survive an interruption once, in order, and are valid JSON."""
+"""experiments.training.metrics: rows survive an interruption once, in order, and are valid JSON."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.curves import draw
-from experiments.metrics import MetricsFile, read_rows
+from experiments.training.curves import draw
+from experiments.training.metrics import MetricsFile, read_rows
 
 
 def row(epoch: int, value: float = 0.5) -> dict[str, float]:

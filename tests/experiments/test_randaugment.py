@@ -1,4 +1,4 @@
-"""experiments.randaugment: Pillow's pixels, torchvision's magnitudes, and what is drawn."""
+"""experiments.images.randaugment: Pillow's pixels, torchvision's magnitudes, and what is drawn."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from experiments.randaugment import OPERATIONS, apply_operations, random_augment
+from experiments.images.randaugment import OPERATIONS, apply_operations, random_augment
 
 few = settings(max_examples=15, deadline=None)
 ALL = np.arange(2 * len(OPERATIONS))  # each operation, one way and the other

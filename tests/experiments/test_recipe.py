@@ -1,4 +1,4 @@
-"""experiments.config and experiments.optimizer: options, defaults and the learning rate."""
+"""training.config and training.optimizer: options, defaults and the learning rate."""
 
 import dataclasses
 import math
@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.config import IMPLEMENTATIONS, TrainConfig, make_parser, parse
-from experiments.errors import UserError
-from experiments.optimizer import Recipe, choose, make, warmup_cosine
+from experiments.common.errors import UserError
+from experiments.training.config import IMPLEMENTATIONS, TrainConfig, make_parser, parse
+from experiments.training.optimizer import Recipe, choose, make, warmup_cosine
 from jadder.implementations import Implementation
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from experiments import report
-from experiments.errors import UserError
-from experiments.outcome import Outcome, Picture, Table
+from experiments.common.errors import UserError
+from experiments.studies.outcome import Outcome, Picture, Table
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"what follows is not looked at"
 EVIL = "<script>alert('\"&')</script>"

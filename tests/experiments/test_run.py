@@ -1,4 +1,4 @@
-"""experiments.run in this process: exact resumption, determinism, what a run leaves behind."""
+"""training.run in this process: exact resumption, determinism, what a run leaves behind."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.checkpoint import checksum
-from experiments.config import AUGMENTATIONS, TrainConfig
-from experiments.data import load
-from experiments.dataset import Dataset
-from experiments.errors import UserError
-from experiments.interrupt import Interrupted, StopRequest
-from experiments.run import Run, check_folders, epoch_order
+from experiments.common.errors import UserError
+from experiments.common.interrupt import Interrupted, StopRequest
+from experiments.images.dataset import Dataset
+from experiments.images.load import load
+from experiments.training.checkpoint import checksum
+from experiments.training.config import AUGMENTATIONS, TrainConfig
+from experiments.training.run import Run, check_folders, epoch_order
 
 # 7 steps an epoch; the last 4 images of an epoch are left out, and the last test batch is short.
 CONFIG = TrainConfig(

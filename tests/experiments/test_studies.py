@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jadder
-from experiments import command, gradient_norms, hundred_images, resnet20, stability, study, twins
-from experiments.config import TrainConfig
-from experiments.interrupt import StopRequest
-from experiments.run import Run
-from experiments.study import Trained
+from experiments import gradient_norms, hundred_images, resnet20, stability, twins
+from experiments.common.interrupt import StopRequest
+from experiments.studies import command, study
+from experiments.studies.study import Trained
+from experiments.training.config import TrainConfig
+from experiments.training.run import Run
 
 
 def smoke(module: Any, folder: Path, *options: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from experiments.config import TrainConfig
-from experiments.errors import UserError
-from experiments.streamed import StreamedImages
+from experiments.common.errors import UserError
+from experiments.images.streamed import StreamedImages
+from experiments.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from experiments.errors import UserError
+from experiments.common.errors import UserError
 
 FAMILIES = ("adder", "conv", "euclid")
 OPTIMIZERS = ("auto", "sgd", "adamw")

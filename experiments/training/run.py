@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import build, devices, optimizer, steps
-from experiments.checkpoint import Checkpoints, check_fingerprint, checksum, describe
-from experiments.config import TrainConfig
-from experiments.curves import draw
-from experiments.dataset import Dataset, Images, Labels
-from experiments.environment import hardware, peak_memory, versions
-from experiments.errors import UserError
-from experiments.files import read_json, write_json
-from experiments.interrupt import Interrupted, StopRequest
-from experiments.metrics import MetricsFile, Row
-from experiments.processes import Votes, is_first, make_shared
-from experiments.progress import Progress
-from experiments.streamed import StreamedImages
+from experiments.common.environment import hardware, peak_memory, versions
+from experiments.common.errors import UserError
+from experiments.common.files import read_json, write_json
+from experiments.common.interrupt import Interrupted, StopRequest
+from experiments.images.dataset import Dataset, Images, Labels
+from experiments.images.streamed import StreamedImages
+from experiments.training import build, devices, optimizer, steps
+from experiments.training.checkpoint import Checkpoints, check_fingerprint, checksum, describe
+from experiments.training.config import TrainConfig
+from experiments.training.curves import draw
+from experiments.training.metrics import MetricsFile, Row
+from experiments.training.processes import Votes, is_first, make_shared
+from experiments.training.progress import Progress
 from jadder.nn import adder_mask
 
 Result = dict[str, Any]

@@ -13,9 +13,9 @@ from flax import nnx
 from jax import Array
 
 import jadder.models
-from experiments import optimizer, steps
-from experiments.config import TrainConfig
-from experiments.errors import UserError
+from experiments.common.errors import UserError
+from experiments.training import optimizer, steps
+from experiments.training.config import TrainConfig
 from jadder.models import Family
 from jadder.nn import adder_mask
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import jax
 
-from experiments.config import Parser
-from experiments.environment import hardware, peak_memory, versions
-from experiments.errors import UserError
-from experiments.interrupt import Interrupted, StopRequest
-from experiments.outcome import Outcome
+from experiments.common.environment import hardware, peak_memory, versions
+from experiments.common.errors import UserError
+from experiments.common.interrupt import Interrupted, StopRequest
+from experiments.studies.outcome import Outcome
+from experiments.training.config import Parser
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from experiments import steps
-from experiments.watch import Watched
+from experiments.studies.watch import Watched
+from experiments.training import steps
 from jadder.nn import AdderAttention
 
 Struct = jax.ShapeDtypeStruct

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from experiments.dataset import Dataset, Images, Labels, check_labels, moments, resize
-from experiments.errors import UserError
-from experiments.streamed import StreamedImages
+from experiments.common.errors import UserError
+from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, resize
+from experiments.images.streamed import StreamedImages
 
 
 def load(

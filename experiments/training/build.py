@@ -10,9 +10,9 @@ from flax import nnx
 
 import jadder
 import jadder.models
-from experiments.config import TrainConfig
-from experiments.dataset import Dataset
-from experiments.errors import UserError
+from experiments.common.errors import UserError
+from experiments.images.dataset import Dataset
+from experiments.training.config import TrainConfig
 from jadder.implementations import Implementation
 from jadder.models import get_family
 

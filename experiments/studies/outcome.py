@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.files import write_json
+from experiments.common.files import write_json
 
 Cell = str | float | int | None
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.errors import UserError
+from experiments.common.errors import UserError
 
 Fingerprint = dict[str, Any]
 

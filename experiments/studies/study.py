@@ -16,16 +16,16 @@ from typing import Any
 
 import jax
 
-from experiments.build import choose_model
-from experiments.command import Place
-from experiments.config import FAMILIES, IMPLEMENTATIONS, TrainConfig
-from experiments.data import load
-from experiments.dataset import Dataset
-from experiments.errors import UserError
-from experiments.files import write_json
-from experiments.metrics import Row, read_rows
-from experiments.outcome import Table
-from experiments.run import Diverged, Result, Run, Wrap
+from experiments.common.errors import UserError
+from experiments.common.files import write_json
+from experiments.images.dataset import Dataset
+from experiments.images.load import load
+from experiments.studies.command import Place
+from experiments.studies.outcome import Table
+from experiments.training.build import choose_model
+from experiments.training.config import FAMILIES, IMPLEMENTATIONS, TrainConfig
+from experiments.training.metrics import Row, read_rows
+from experiments.training.run import Diverged, Result, Run, Wrap
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.files import write_bytes
-from experiments.metrics import Row
+from experiments.common.files import write_bytes
+from experiments.training.metrics import Row
 
 
 def draw(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> None:

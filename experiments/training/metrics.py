@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments.files import write_bytes
+from experiments.common.files import write_bytes
 
 Row = dict[str, Any]
 

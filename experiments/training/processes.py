@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.config import TrainConfig
-from experiments.errors import UserError
+from experiments.common.errors import UserError
+from experiments.training.config import TrainConfig
 
 
 def connect(config: TrainConfig) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import prepared
-from experiments.dataset import Dataset, Images, Labels, check_labels, moments, resized
-from experiments.errors import UserError
+from experiments.common.errors import UserError
+from experiments.images import prepared
+from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, resized
 
 
 def load(

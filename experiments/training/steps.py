@@ -13,10 +13,10 @@ import optax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.augment import normalize, random_crop, random_flip
-from experiments.dataset import Dataset
-from experiments.devices import Devices
-from experiments.randaugment import random_augment
+from experiments.images.augment import normalize, random_crop, random_flip
+from experiments.images.dataset import Dataset
+from experiments.images.randaugment import random_augment
+from experiments.training.devices import Devices
 
 State = dict[str, Any]
 """A run's whole state, a tree of arrays:

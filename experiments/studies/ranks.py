@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from experiments.augment import normalize
-from experiments.dataset import Dataset
-from experiments.watch import Watched
+from experiments.images.augment import normalize
+from experiments.images.dataset import Dataset
+from experiments.studies.watch import Watched
 
 Floats = NDArray[np.floating[Any]]
 

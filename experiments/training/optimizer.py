@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 import jadder.optim
-from experiments.config import TrainConfig
+from experiments.training.config import TrainConfig
 
 TRANSFORMERS = ("vit", "swin")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.files import write_bytes
+from experiments.common.files import write_bytes
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:

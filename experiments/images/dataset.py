@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.errors import UserError
-from experiments.streamed import StreamedImages
+from experiments.common.errors import UserError
+from experiments.images.streamed import StreamedImages
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int32]

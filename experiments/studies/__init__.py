@@ -1,0 +1,1 @@
+"""What experiments share: the command line, several runs side by side, results."""
