@@ -4,7 +4,7 @@ import gzip
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,14 @@ def cifar_folder(
         records = np.concatenate([labels[:, None], planes], axis=1).astype(np.uint8)
         (folder / name).write_bytes(records.tobytes())
     return folder
+
+
+@pytest.fixture
+def quick_compiler() -> Iterator[None]:
+    """Compiling takes most of the time of a small run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

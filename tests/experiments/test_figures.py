@@ -34,6 +34,8 @@ from tests.strategies import clips, seeds
 
 # -- the command lines -----------------------------------------------------------------------------
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def numbers(value: Any) -> Iterator[float]:
     """Every number in a JSON value."""

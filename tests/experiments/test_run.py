@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +107,7 @@ def test_result_and_files(whole: Run) -> None:
     assert steps == [14, 21]
 
 
-@pytest.fixture
-def _quick_compiler() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("_quick_compiler")
+@pytest.mark.usefixtures("quick_compiler")
 def test_augmentations_are_different_and_repeatable(dataset: Dataset, tmp_path: Path) -> None:
     def after_one_step(name: str, augment: str) -> str:
         run = start(tmp_path / name, dataset, augment=augment)

@@ -22,19 +22,9 @@ from experiments.studies import command, study
 from experiments.studies.study import Trained
 from experiments.training.config import TrainConfig
 from experiments.training.run import Run
+from tests.experiments.smoke import smoke
 
-
-def smoke(module: Any, folder: Path, *options: str) -> dict[str, Any]:
-    """Runs a script at its small size and returns its result."""
-    assert module.main(["--smoke", "--out-dir", str(folder), "--devices", "1", *options]) == 0
-    place = folder / f"{module.EXPERIMENT.name}-smoke"
-    result: dict[str, Any] = json.loads((place / "result.json").read_text())
-    assert result["experiment"] == module.EXPERIMENT.name
-    assert result["smoke"] is True
-    for picture in result["pictures"]:
-        assert (place / picture["file"]).read_bytes().startswith(b"\x89PNG")
-        assert picture["caption"]
-    return result
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def trained(train_accuracy: float | None, classes: int = 10) -> Trained:
