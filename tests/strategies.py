@@ -4,9 +4,11 @@ import dataclasses
 import math
 
 import numpy as np
+import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
 
+import jadder
 from jadder import ADDER_VIT, ADDERNET, SIGN, GradientRule
 
 clips = st.one_of(
@@ -88,3 +90,17 @@ def normal(seed, *shapes):
     """Arrays of N(0, 1) in float64."""
     rng = np.random.default_rng(seed)
     return tuple(rng.normal(size=shape) for shape in shapes)
+
+
+def implementations(*names):
+    """Parameters for pytest; those that are not available here are skipped, with the reason."""
+    found = jadder.implementations()
+    return tuple(
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                not found[name].available, reason=f"{name}: {found[name].about}"
+            ),
+        )
+        for name in names
+    )

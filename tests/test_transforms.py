@@ -11,20 +11,10 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-import jadder
 from jadder import SIGN, GradientRule, adder_conv, adder_matmul, euclid_conv, euclid_matmul
-from tests.strategies import normal, rules, seeds
+from tests.strategies import implementations, normal, rules, seeds
 
-IMPLEMENTATIONS = tuple(
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            not jadder.implementations()[name].available,
-            reason=f"{name}: {jadder.implementations()[name].about}",
-        ),
-    )
-    for name in ("xla", "cpu")
-)
+IMPLEMENTATIONS = implementations("xla", "cpu")
 X64 = {"xla": True, "cpu": False}
 PRODUCTS = {
     "matmul": (adder_matmul, (4, 6), (6, 5)),

@@ -24,9 +24,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jadder.kernels import linear
+from jadder.kernels import limits, linear
 from jadder.kernels.spec import ConvSpec
-from jadder.kernels.varying import varying_axes
+from jadder.kernels.varying import result_like_operands
 from jadder.rules import Clip
 
 _LIBRARY = "libjadder_cpu.so"
@@ -48,16 +48,7 @@ def unavailable() -> str | None:
     return _load()[1]
 
 
-def unsupported(dtype: jnp.dtype, spec: ConvSpec | None, out_dtype: jnp.dtype) -> str | None:
-    """Why operands of ``dtype``, summed in ``out_dtype``, cannot be taken; None if they can."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        if dtype not in (jnp.uint8, jnp.int8):
-            return f"of integers it takes uint8 and int8, not {dtype}"
-    elif dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or out_dtype != jnp.float32:
-        return f"it computes in float32, not {out_dtype} of {dtype}"
-    if spec is not None and len(spec.window_strides) > 2:
-        return f"it takes one or two spatial dimensions, not {len(spec.window_strides)}"
-    return None
+unsupported = limits.unsupported
 
 
 def instruction_set() -> str:
@@ -174,22 +165,10 @@ def _call(
     bfloat16 = all(operand.dtype == jnp.bfloat16 for operand in operands)
     if result_dtype == jnp.float32 and not bfloat16:
         operands = [operand.astype(jnp.float32) for operand in operands]
-    result = jax.ShapeDtypeStruct(tuple(shape), result_dtype, **_varying(*operands))
+    result = result_like_operands(shape, result_dtype, *operands)
     call = jax.ffi.ffi_call(f"jadder_{target}", result, vmap_method="expand_dims")
     y: Array = call(*operands, **attributes)
     return y.astype(out_dtype)
-
-
-def _varying(*operands: Array) -> dict[str, Any]:
-    """The type of a result inside ``jax.shard_map``: it varies as its operands do."""
-    axes = varying_axes(*operands)
-    if not axes:
-        return {}
-    mesh = jax.sharding.get_abstract_mesh()
-    return {
-        "manual_axis_type": jax.sharding.ManualAxisType(varying=axes),
-        "sharding": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-    }
 
 
 def _clip(clip: Clip) -> dict[str, Any]:

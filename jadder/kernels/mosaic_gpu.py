@@ -52,7 +52,7 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from jadder.kernels import linear, xla
+from jadder.kernels import limits, linear, xla
 from jadder.kernels.spec import ConvSpec, forward_phases, transpose_phases
 from jadder.kernels.varying import vary_alike, zeros_like_operands
 from jadder.rules import Clip
@@ -76,16 +76,7 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(dtype: jnp.dtype, spec: ConvSpec | None, out_dtype: jnp.dtype) -> str | None:
-    """Why operands of ``dtype``, summed in ``out_dtype``, cannot be taken; None if they can."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        if dtype not in (jnp.uint8, jnp.int8):
-            return f"of integers it takes uint8 and int8, not {dtype}"
-    elif dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or out_dtype != jnp.float32:
-        return f"it computes in float32, not {out_dtype} of {dtype}"
-    if spec is not None and len(spec.window_strides) > 2:
-        return f"it takes one or two spatial dimensions, not {len(spec.window_strides)}"
-    return None
+unsupported = limits.unsupported
 
 
 @dataclasses.dataclass(frozen=True)

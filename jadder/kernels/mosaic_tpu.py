@@ -57,9 +57,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from jadder.kernels import linear, xla
+from jadder.kernels import limits, linear, xla
 from jadder.kernels.spec import ConvSpec, Phases, forward_phases, transpose_phases
-from jadder.kernels.varying import varying_axes, zeros_like_operands
+from jadder.kernels.varying import result_like_operands, zeros_like_operands
 from jadder.rules import Clip
 
 LANES = 128
@@ -83,13 +83,7 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(dtype: jnp.dtype, spec: ConvSpec | None, out_dtype: jnp.dtype) -> str | None:
-    """Why operands of ``dtype``, summed in ``out_dtype``, cannot be taken; None if they can."""
-    if dtype not in (jnp.float32, jnp.bfloat16) or out_dtype != jnp.float32:
-        return f"it sums float32 and bfloat16 in float32, not {dtype} in {out_dtype}"
-    if spec is not None and len(spec.window_strides) > 2:
-        return f"it takes one or two spatial dimensions, not {len(spec.window_strides)}"
-    return None
+unsupported = functools.partial(limits.unsupported, floats=(jnp.float32, jnp.bfloat16), integers=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +271,7 @@ class MosaicTpuKernels:
         out_shape = (source.shape[0], rows, lanes)
         call = pl.pallas_call(
             functools.partial(_kernel, term, blocks, at is not None),
-            out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32, **_varying(source)),
+            out_shape=result_like_operands(out_shape, jnp.float32, source),
             grid=(source.shape[0], blocks.lane_blocks, blocks.row_blocks, blocks.k_blocks),
             in_specs=in_specs,
             out_specs=result,
@@ -591,18 +585,6 @@ def _target_classes(dimensions: Sequence[Phases], window: Sequence[int]) -> list
         xla.residue_targets(phases, dimensions, window, [0] * len(window))
         for phases in itertools.product(*(dimension.phases for dimension in dimensions))
     ]
-
-
-def _varying(operand: Array) -> dict[str, Any]:
-    """The type of a result inside ``jax.shard_map``: it varies as its operand does."""
-    axes = varying_axes(operand)
-    if not axes:
-        return {}
-    mesh = jax.sharding.get_abstract_mesh()
-    return {
-        "manual_axis_type": jax.sharding.ManualAxisType(varying=axes),
-        "sharding": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-    }
 
 
 def _fills_lanes(lanes: int, rows: int) -> bool:

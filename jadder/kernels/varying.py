@@ -32,6 +32,22 @@ def zeros_like_operands(shape: Sequence[int], dtype: DTypeLike, *operands: Array
     return _vary_over(jnp.zeros(shape, dtype), varying_axes(*operands))
 
 
+def result_like_operands(
+    shape: Sequence[int], dtype: DTypeLike, *operands: Array
+) -> jax.ShapeDtypeStruct:
+    """The type of a foreign result, which varies as its operands do."""
+    axes = varying_axes(*operands)
+    if not axes:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.ShapeDtypeStruct(
+        tuple(shape),
+        dtype,
+        manual_axis_type=jax.sharding.ManualAxisType(varying=axes),
+        sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    )
+
+
 def _vary_over(operand: Array, axes: frozenset[str]) -> Array:
     missing = tuple(sorted(axes - varying_axes(operand)))
     return lax.pcast(operand, missing, to="varying") if missing else operand

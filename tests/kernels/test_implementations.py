@@ -14,7 +14,7 @@ import jadder
 from benchmarks.shapes import SMALL_CONVS, SMALL_MATMULS
 from jadder import ADDERNET, SIGN, GradientRule, adder_conv, adder_dot_general, adder_matmul
 from tests import literal
-from tests.strategies import clips, conv_cases, normal, rules, seeds
+from tests.strategies import clips, conv_cases, implementations, normal, rules, seeds
 
 BATCHED = (((2,), (1,)), ((0,), (0,)))
 WIDEST = {"xla": "float64", "reference": "float64", "cpu": "float32", "cpu_fast": "float32"}
@@ -23,14 +23,7 @@ TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e
 """Of the largest value: rounding of sums in float32 at least, then of the result itself."""
 SLOPES = {"float64": 1e-5, "float32": 3e-5}
 """Of gradients beside finite differences."""
-IMPLEMENTATIONS = tuple(
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(not found.available, reason=f"{name}: {found.about}"),
-    )
-    for name, found in jadder.implementations().items()
-    if name in WIDEST
-)
+IMPLEMENTATIONS = implementations(*WIDEST)
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 

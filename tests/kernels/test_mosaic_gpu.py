@@ -193,7 +193,9 @@ def test_says_what_it_does_not_take():
     assert mosaic_gpu.unsupported(jnp.dtype("int8"), None, int32) is None
     assert "uint8 and int8, not int16" in mosaic_gpu.unsupported(jnp.dtype("int16"), None, int32)
     float64 = jnp.dtype("float64")
-    assert "not float64 of float64" in mosaic_gpu.unsupported(float64, None, float64)
+    assert "float16 in float32, not float64 in float64" in mosaic_gpu.unsupported(
+        float64, None, float64
+    )
     cube = ConvSpec((1,) * 3, ((0, 0),) * 3, (1,) * 3, (1,) * 3)
     assert "spatial dimensions, not 3" in mosaic_gpu.unsupported(float32, cube, float32)
 

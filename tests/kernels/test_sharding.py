@@ -19,18 +19,9 @@ from jadder.kernels import cpu, xla
 from jadder.kernels.partitioned import Partitioned
 from jadder.kernels.spec import ConvSpec
 from jadder.rules import Clip
-from tests.strategies import normal
+from tests.strategies import implementations, normal
 
-IMPLEMENTATIONS = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            not jadder.implementations()[name].available,
-            reason=f"{name}: {jadder.implementations()[name].about}",
-        ),
-    )
-    for name in ("xla", "cpu")
-]
+IMPLEMENTATIONS = implementations("xla", "cpu")
 BOUNDED = GradientRule((4, 1), (1, 2))
 """A rule of which no gradient is a matrix product."""
 PUBLISHED = ADDERNET
