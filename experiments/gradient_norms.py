@@ -16,15 +16,14 @@ from flax import nnx
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from experiments.common.drawing import new_figure, save
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.study import Trained, TrainingOptions, train
 from experiments.training.build import build_model
 from experiments.training.config import TrainConfig
-from experiments.training.curves import save
 from experiments.training.run import Run
 
 ABOUT = """\
@@ -229,7 +228,7 @@ def spread_note(run: Trained) -> str:
 
 def draw_steps(path: Path, runs: Sequence[Trained]) -> None:
     """A column for each run; gradients above, updates below; a line for each layer."""
-    figure = Figure(figsize=(4 * max(len(runs), 2), 7), layout="constrained")
+    figure = new_figure(4 * max(len(runs), 2), 7)
     panels = figure.subplots(2, max(len(runs), 1), sharex=True, sharey="row", squeeze=False)
     colours = colormaps["viridis"]
     layers = 1
@@ -249,12 +248,12 @@ def draw_steps(path: Path, runs: Sequence[Trained]) -> None:
     scale = ScalarMappable(Normalize(1, max(layers, 2)), colours)
     whole = MaxNLocator(integer=True)
     figure.colorbar(scale, ax=panels, label="layer, from the first", shrink=0.6, ticks=whole)
-    save(path, figure)
+    save(figure, path)
 
 
 def draw_layers(path: Path, runs: Sequence[Trained]) -> None:
     """Medians over the steps, layer by layer."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = new_figure(11, 4.8)
     panels = figure.subplots(1, 2)
     for axes, what in zip(panels, ("gradients", "updates"), strict=True):
         for one, marker in zip(runs, "osD^v", strict=False):
@@ -267,7 +266,7 @@ def draw_layers(path: Path, runs: Sequence[Trained]) -> None:
     panels[0].set_ylabel("‖·‖₂/√k, median over the steps")
     if runs:
         panels[0].legend()
-    save(path, figure)
+    save(figure, path)
 
 
 EXPERIMENT = Experiment("gradient_norms", ABOUT, run, add_options)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from experiments.common.drawing import new_figure, save
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.study import Trained, TrainingOptions, train
 from experiments.training.config import OPTIMIZERS, TrainConfig
-from experiments.training.curves import save
 
 ABOUT = """\
 HT(d) against HT(4d), with and without adaptive scaling, over a grid of learning rates.
@@ -138,7 +137,7 @@ def draw_map(path: Path, title: str, rates: Sequence[float], grid: Grid) -> None
         for runs in grid.values()
     ])  # fmt: skip
     size = (3.2 + 1.05 * len(rates), 1.8 + 0.7 * len(grid))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
     axes = figure.subplots()
     axes.set_title(title)
     image = axes.imshow(values, cmap="viridis", vmin=0, aspect="auto")
@@ -149,7 +148,7 @@ def draw_map(path: Path, title: str, rates: Sequence[float], grid: Grid) -> None
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axes.set_yticks(range(len(grid)), list(grid))
     axes.set_xlabel("learning rate")
-    save(path, figure)
+    save(figure, path)
 
 
 def _mark(axes: Axes, x: int, y: int, run: Trained, *, bright: bool) -> None:

@@ -1,6 +1,5 @@
 """Training curves as pictures."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.common.files import write_bytes
+from experiments.common.drawing import new_figure, save
 from experiments.training.metrics import Row
 
 
@@ -25,7 +24,7 @@ def draw(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> None:
     _plot(right, runs, "epoch", "accuracy")
     left.set_yscale("log")
     _legend(figure, left, right)
-    save(path, figure)
+    save(figure, path)
 
 
 def draw_times(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> None:
@@ -40,20 +39,11 @@ def draw_times(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> Non
     _plot(left, runs, "epoch", "accuracy")
     _plot(right, runs, "seconds", "accuracy")
     _legend(figure, left, right)
-    save(path, figure)
-
-
-def save(path: Path, figure: Figure) -> None:
-    """Writes a figure as a PNG, at once."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_bytes(path, content.getvalue())
+    save(figure, path)
 
 
 def _panels(title: str) -> tuple[Figure, tuple[Axes, Axes]]:
-    # A Figure of its own draws with Agg and leaves pyplot's global state alone.
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
+    figure = new_figure(10, 4, title)
     left, right = figure.subplots(1, 2)
     return figure, (left, right)
 
