@@ -10,17 +10,9 @@ from typing import Any
 import numpy as np
 
 from experiments.studies.command import Experiment, Place
-from experiments.studies.outcome import Outcome, Picture
-from experiments.studies.study import (
-    TrainingOptions,
-    accuracy_table,
-    by_label,
-    families,
-    train,
-    with_seeds,
-)
+from experiments.studies.outcome import Outcome
+from experiments.studies.study import TrainingOptions, comparison, families, train, with_seeds
 from experiments.training.config import FAMILIES, TrainConfig
-from experiments.training.curves import draw
 
 ABOUT = """\
 SimpleViT on ImageNet, adder and conv at equal budget, through tensorflow-datasets.
@@ -70,14 +62,8 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     names = options.families or (["adder"] if options.smoke else ["adder", "conv"])
     plans = with_seeds(families(config, names), TRAINING.chosen_seeds(options))
     runs = train(plans, place)
-    curves = {label: group[0].rows for label, group in by_label(runs).items()}
-    draw(place.folder / "curves.png", f"SimpleViT on {config.dataset}", curves)
-    return Outcome(
-        f"SimpleViT on {config.dataset}: {config.epochs} epochs, batch {config.batch_size}",
-        tables=[accuracy_table("Accuracy after the last epoch, mean over the seeds", runs)],
-        pictures=[Picture("curves.png", "Loss and accuracy of each family's first seed")],
-        data={"runs": [one.summary() for one in runs]},
-    )
+    title = f"SimpleViT on {config.dataset}: {config.epochs} epochs, batch {config.batch_size}"
+    return comparison(title, runs, place)
 
 
 def write_stand_in(folder: Path) -> None:
@@ -87,8 +73,6 @@ def write_stand_in(folder: Path) -> None:
     """
     import tensorflow_datasets as tfds
 
-    if (folder / "stand_in").exists():
-        return
     tfds.disable_progress_bar()
 
     class StandIn(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.common.errors import UserError
+from experiments.common.errors import UserError, status_of
 from experiments.common.files import read_json, write_bytes
 from experiments.studies.outcome import Picture, Table
 from experiments.training.config import Parser
@@ -95,18 +95,15 @@ class Found:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` and returns the exit status."""
-    try:
-        options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-        found = find([Path(folder) for folder in options.folders])
-        out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(out, page(found).encode(errors="replace"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return status_of(lambda: _write(sys.argv[1:] if argv is None else argv))
+
+
+def _write(argv: Sequence[str]) -> int:
+    options = _parser().parse_args(argv)
+    found = find([Path(folder) for folder in options.folders])
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out, page(found).encode(errors="replace"))
     for path, reason in found.damaged:
         print(f"{path} is left out: {reason}", file=sys.stderr)
     print(f"{count(len(found.experiments), 'experiment')}, "

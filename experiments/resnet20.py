@@ -5,17 +5,15 @@ import dataclasses
 import sys
 
 from experiments.studies.command import Experiment, Place
-from experiments.studies.outcome import Outcome, Picture
-from experiments.studies.study import (
+from experiments.studies.outcome import Outcome
+from experiments.studies.study import (  # fmt: skip
     TrainingOptions,
-    accuracy_table,
-    by_label,
+    comparison,
     families,
     train,
     with_seeds,
-)  # fmt: skip
+)
 from experiments.training.config import FAMILIES, TrainConfig
-from experiments.training.curves import draw
 
 ABOUT = """\
 ResNet-20 on CIFAR-10: adder, conv and euclid at equal budget.
@@ -47,14 +45,8 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     length = f"{config.epochs} epochs"
     plans = {f"{name}, {length}": one for name, one in families(config, options.families).items()}
     runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)
-    curves = {label: group[0].rows for label, group in by_label(runs).items()}
-    draw(place.folder / "curves.png", f"{config.model} on {config.dataset}, {length}", curves)
-    return Outcome(
-        f"{config.model} on {config.dataset}: {length}, batch {config.batch_size}",
-        tables=[accuracy_table("Accuracy after the last epoch, mean over the seeds", runs)],
-        pictures=[Picture("curves.png", "Loss and accuracy of each family's first seed")],
-        data={"runs": [one.summary() for one in runs]},
-    )
+    title = f"{config.model} on {config.dataset}: {length}, batch {config.batch_size}"
+    return comparison(title, runs, place)
 
 
 EXPERIMENT = Experiment("resnet20", ABOUT, run, add_options)

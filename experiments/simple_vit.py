@@ -8,17 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 from experiments.studies.command import Experiment, Place
-from experiments.studies.outcome import Outcome, Picture, Table
+from experiments.studies.outcome import Outcome, Table
 from experiments.studies.study import (
     Trained,
     TrainingOptions,
-    accuracy_table,
-    by_label,
+    changed,
+    comparison,
     train,
     with_seeds,
 )
 from experiments.training.config import TrainConfig
-from experiments.training.curves import draw
 
 ABOUT = """\
 SimpleViT on CIFAR-10: the variants of Adder-ViT (github.com/MTDoven/Adder-ViT), and jadder's.
@@ -85,32 +84,21 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     config = TRAINING.config(options)
     names = options.variants or (("final_batch",) if options.smoke else tuple(VARIANTS))
     rates = options.rates or ([1e-3] if options.smoke else [3e-4, 1e-3, 3e-3])
-    plans = {name: variant(config, name, tiny=options.smoke) for name in names}
+    extra = _TINY if options.smoke else ()
+    plans = {name: changed(config, VARIANTS[name], extra) for name in names}
     found = train(searches(plans, rates, options), place)
     best = best_rates(found)
     plans = {
         name: dataclasses.replace(plan, learning_rate=best[name]) for name, plan in plans.items()
     }
     runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)
-    curves = {label: group[0].rows for label, group in by_label(runs).items()}
-    title = f"SimpleViT on {config.dataset}, {config.epochs} epochs"
-    draw(place.folder / "curves.png", title, curves)
-    return Outcome(
-        f"{title}: the variants of Adder-ViT",
-        tables=[
-            accuracy_table("Accuracy after the last epoch, mean over the seeds", runs),
-            search_table(found),
-        ],
-        pictures=[Picture("curves.png", "Loss and accuracy of each variant's first seed")],
+    title = f"SimpleViT on {config.dataset}, {config.epochs} epochs: the variants of Adder-ViT"
+    outcome = comparison(title, runs, place)
+    return dataclasses.replace(
+        outcome,
+        tables=[*outcome.tables, search_table(found)],
         data={"runs": [one.summary() for one in (*found, *runs)], "rates": best},
     )
-
-
-def variant(config: TrainConfig, name: str, *, tiny: bool = False) -> TrainConfig:
-    """`config` with what the variant of that name changes."""
-    changed = dataclasses.replace(config, **VARIANTS[name])
-    extra = _TINY if tiny else ()
-    return dataclasses.replace(changed, model_options=(*changed.model_options, *extra))
 
 
 def searches(

@@ -1,23 +1,15 @@
 """Swin on CIFAR-10, adding and multiplying."""
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from experiments.studies.command import Experiment, Place
-from experiments.studies.outcome import Outcome, Picture
-from experiments.studies.study import (
-    TrainingOptions,
-    accuracy_table,
-    by_label,
-    train,
-    with_seeds,
-)
+from experiments.studies.outcome import Outcome
+from experiments.studies.study import TrainingOptions, changed, comparison, train, with_seeds
 from experiments.training.config import TrainConfig
-from experiments.training.curves import draw
 
 ABOUT = """\
 Swin transformer on CIFAR-10 at equal budget: adder, its multiplying twin with the same batch norms,
@@ -53,24 +45,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, place: Place) -> Outcome:
     config = TRAINING.config(options)
     names = options.networks or tuple(NETWORKS)[: 1 if options.smoke else 3]
-    plans = {name: network(config, name, tiny=options.smoke) for name in names}
+    extra = _TINY if options.smoke else ()
+    plans = {name: changed(config, NETWORKS[name], extra) for name in names}
     runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)
-    curves = {label: group[0].rows for label, group in by_label(runs).items()}
-    title = f"Swin on {config.dataset}, {config.epochs} epochs"
-    draw(place.folder / "curves.png", title, curves)
-    return Outcome(
-        title,
-        tables=[accuracy_table("Accuracy after the last epoch, mean over the seeds", runs)],
-        pictures=[Picture("curves.png", "Loss and accuracy of each network's first seed")],
-        data={"runs": [one.summary() for one in runs]},
-    )
-
-
-def network(config: TrainConfig, name: str, *, tiny: bool = False) -> TrainConfig:
-    """`config` for the network of that name."""
-    changed = dataclasses.replace(config, **NETWORKS[name])
-    extra = _TINY if tiny else ()
-    return dataclasses.replace(changed, model_options=(*changed.model_options, *extra))
+    return comparison(f"Swin on {config.dataset}, {config.epochs} epochs", runs, place)
 
 
 EXPERIMENT = Experiment("swin", ABOUT, run, add_options)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.common.errors import UserError
+from experiments.common.errors import UserError, status_of
 from experiments.training.config import TrainConfig, parse
 
 if TYPE_CHECKING:
@@ -19,16 +19,14 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` and returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def train() -> int:
         config = parse(argv)
         check_extras(config)
         return train_all(config, argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    try:
+        return status_of(train)
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint is kept, --resume goes on from it", file=sys.stderr)
         return 130

@@ -1,7 +1,6 @@
 """What makes adder transformers train: one change at a time from a common recipe."""
 
 import argparse
-import dataclasses
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from experiments.studies.study import (
     TrainingOptions,
     accuracy_table,
     by_label,
+    changed,
     train,
     with_seeds,
 )
@@ -79,12 +79,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, place: Place) -> Outcome:
     config = TRAINING.config(options)
     names = options.changes or (tuple(CHANGES)[:1] if options.smoke else tuple(CHANGES))
-    plans = {name: dataclasses.replace(config, **CHANGES[name]) for name in names}
-    if options.smoke:
-        plans = {
-            name: dataclasses.replace(plan, model_options=(*plan.model_options, *_TINY))
-            for name, plan in plans.items()
-        }
+    extra = _TINY if options.smoke else ()
+    plans = {name: changed(config, CHANGES[name], extra) for name in names}
     runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)
     save(picture(runs), place.folder / "ablations.png")
     title = f"AdderViT on {config.dataset}: one change at a time"

@@ -23,7 +23,12 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.signum: int | None = None
+        self._signum: int | None = None
+
+    @property
+    def signum(self) -> int | None:
+        """The signal that came, if one did."""
+        return self._signum
 
     def __enter__(self) -> "StopRequest":
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -37,5 +42,5 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
+        self._signum = signum
         self._restore()

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from experiments.common.environment import hardware, peak_memory, versions
-from experiments.common.errors import UserError
+from experiments.common.errors import status_of
 from experiments.common.interrupt import Interrupted, StopRequest
 from experiments.studies.outcome import Outcome
 from experiments.training.config import Parser
@@ -59,14 +59,7 @@ class Experiment:
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs the command line `argv` and returns the exit status."""
         argv = sys.argv[1:] if argv is None else list(argv)
-        try:
-            return self._run(self.parser().parse_args(argv), argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.status
-        except OSError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        return status_of(lambda: self._run(self.parser().parse_args(argv), argv))
 
     def parser(self) -> argparse.ArgumentParser:
         parser = Parser(

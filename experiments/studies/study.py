@@ -21,9 +21,10 @@ from experiments.common.files import write_json
 from experiments.images.dataset import Dataset
 from experiments.images.load import load
 from experiments.studies.command import Place
-from experiments.studies.outcome import Table
+from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.training.build import choose_model
 from experiments.training.config import FAMILIES, IMPLEMENTATIONS, TrainConfig
+from experiments.training.curves import draw
 from experiments.training.metrics import Row, read_rows
 from experiments.training.run import Diverged, Result, Run, Wrap
 
@@ -192,6 +193,39 @@ def accuracy_table(title: str, runs: Sequence[Trained]) -> Table:
     return Table(title, columns, rows, formats)
 
 
+def comparison(title: str, runs: Sequence[Trained], place: Place) -> Outcome:
+    """What runs side by side came to: a table over the seeds, and each first seed's curves."""
+    curves = {label: group[0].rows for label, group in by_label(runs).items()}
+    draw(place.folder / "curves.png", title, curves)
+    return Outcome(
+        title,
+        tables=[accuracy_table("Accuracy after the last epoch, mean over the seeds", runs)],
+        pictures=[Picture("curves.png", "Loss and accuracy of each network's first seed")],
+        data={"runs": [one.summary() for one in runs]},
+    )
+
+
+# -- plans -----------------------------------------------------------------------------------------
+
+
+def changed(
+    config: TrainConfig, changes: Mapping[str, Any], model_options: Sequence[str] = ()
+) -> TrainConfig:
+    """`config` with the changes, and with `model_options` after its own or the changes'.
+
+    Example:
+        >>> changed(TrainConfig(), {"model_options": ("norm=batch",)}, ["depth=1"]).model_options
+        ('norm=batch', 'depth=1')
+    """
+    config = dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, model_options=(*config.model_options, *model_options))
+
+
+def families(config: TrainConfig, names: Sequence[str] = FAMILIES) -> dict[str, TrainConfig]:
+    """The same run for each of the families."""
+    return {name: dataclasses.replace(config, family=(name,)) for name in names}
+
+
 # -- options ---------------------------------------------------------------------------------------
 
 
@@ -245,8 +279,3 @@ class TrainingOptions:
             given = " ".join(map(str, (first, *others)))
             raise UserError(f"--seeds: this study takes one seed, got {given}")
         return first
-
-
-def families(config: TrainConfig, names: Sequence[str] = FAMILIES) -> dict[str, TrainConfig]:
-    """The same run for each of the families."""
-    return {name: dataclasses.replace(config, family=(name,)) for name in names}

@@ -23,12 +23,13 @@ import pytest
 
 import jadder
 from experiments.common.errors import UserError
-from experiments.common.interrupt import Interrupted, StopRequest
+from experiments.common.interrupt import Interrupted
 from experiments.images.dataset import Dataset
 from experiments.images.load import load
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import parse
 from experiments.training.run import Run
+from tests.experiments.stop import StopAfter
 
 # 2 steps an epoch, in which 4 of the 20 images are left over; the last test batch has 3 images.
 OPTIONS = "--dataset mnist --model lenet5 --family adder --batch-size 8 --epochs 2 --name run"
@@ -38,18 +39,6 @@ TOLERANCE = {"float32": 1e-3, "float64": 1e-9}
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., "subprocess.Popen[str]"]
-
-
-class StopAfter(StopRequest):
-    """Asks to stop when it has been asked `count` times."""
-
-    def __init__(self, count: float = float("inf")):
-        self.left = count
-
-    @property
-    def signum(self) -> int | None:  # type: ignore[override]
-        self.left -= 1
-        return signal.SIGTERM if self.left <= 0 else None
 
 
 @contextlib.contextmanager

@@ -34,8 +34,6 @@ from tests.strategies import clips, seeds
 
 # -- the command lines -----------------------------------------------------------------------------
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def numbers(value: Any) -> Iterator[float]:
     """Every number in a JSON value."""

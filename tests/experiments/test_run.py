@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from experiments.common.errors import UserError
-from experiments.common.interrupt import Interrupted, StopRequest
+from experiments.common.interrupt import Interrupted
 from experiments.images.dataset import Dataset
 from experiments.images.load import load
 from experiments.training.checkpoint import checksum
 from experiments.training.config import AUGMENTATIONS, TrainConfig
 from experiments.training.run import Run, check_folders, epoch_order
+from tests.experiments.stop import StopAfter
 
 # 7 steps an epoch; the last 4 images of an epoch are left out, and the last test batch is short.
 CONFIG = TrainConfig(
@@ -26,18 +27,6 @@ CONFIG = TrainConfig(
     checkpoint_every=1e9,
 )  # fmt: skip
 TIMES = ("seconds", "images_per_second")
-
-
-class StopAfter(StopRequest):
-    """Asks to stop when it has been asked `count` times."""
-
-    def __init__(self, count: float = float("inf")):
-        self.left = count
-
-    @property
-    def signum(self) -> int | None:  # type: ignore[override]
-        self.left -= 1
-        return signal.SIGTERM if self.left <= 0 else None
 
 
 @pytest.fixture(scope="module")

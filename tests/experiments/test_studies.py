@@ -17,14 +17,12 @@ from hypothesis import strategies as st
 
 import jadder
 from experiments import gradient_norms, hundred_images, resnet20, stability, twins
-from experiments.common.interrupt import StopRequest
 from experiments.studies import command, study
 from experiments.studies.study import Trained
 from experiments.training.config import TrainConfig
 from experiments.training.run import Run
 from tests.experiments.smoke import smoke
-
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+from tests.experiments.stop import StopAfter
 
 
 def trained(train_accuracy: float | None, classes: int = 10) -> Trained:
@@ -138,18 +136,6 @@ def test_verdicts() -> None:
     assert stability.verdict("v", (0.1,), runs[3:]) == "v: learned at every rate."
     assert trained(0.02, classes=100).learned
     assert not trained(0.02, classes=99).learned
-
-
-class StopAfter(StopRequest):
-    """Asks to stop when it has been asked `count` times."""
-
-    def __init__(self, count: int):
-        self.left = count
-
-    @property
-    def signum(self) -> int | None:  # type: ignore[override]
-        self.left -= 1
-        return signal.SIGTERM if self.left <= 0 else None
 
 
 def test_interrupted_study_goes_on(

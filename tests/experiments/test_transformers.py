@@ -15,8 +15,6 @@ from experiments.studies.study import Trained
 from experiments.training.config import TrainConfig
 from tests.experiments.smoke import smoke
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 @pytest.mark.parametrize("module", [simple_vit, swin, vit_recipe])
 def test_smoke(module: Any, tmp_path: Path) -> None:
