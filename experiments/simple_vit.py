@@ -43,20 +43,22 @@ Theirs, but for the last one, give adder kernels the rate of the others after ad
 which AdamW cancels. Weight decay 2e-3 as theirs, which here is never on adder kernels.
 """
 _PARTS = "family_parts=qkv,mlp"
+_LAYER = "norm=layer"
+_FINAL = (_PARTS, _LAYER)
 _THEIRS: dict[str, Any] = {"adaptive_scaling": "on", "adder_rate": 1.0}
 VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "multi": {"family": ("conv",)},
         "multi_batch": {"family": ("conv",), "model_options": (_PARTS, "norm=batch")},
-        "qkv": {"model_options": ("family_parts=qkv",), **_THEIRS},
-        "1ffn": {"model_options": ("family_parts=mlp", "mlp_layers=1"), **_THEIRS},
-        "2ffn": {"model_options": ("family_parts=mlp",), **_THEIRS},
-        "adder": {"model_options": (_PARTS, "scales=False"), "rule": "addernet", **_THEIRS},
-        "noupdtm": {"model_options": (_PARTS,), "adder_rate": 1.0},
-        "euclider": {"model_options": (_PARTS,), "family": ("euclid",)},
-        "wopout": {"model_options": (_PARTS, "project_out=False"), **_THEIRS},
-        "final": {"model_options": (_PARTS,), **_THEIRS},
-        "final_batch": {"model_options": (_PARTS, "norm=batch"), "adder_rate": 30.0},
+        "qkv": {"model_options": ("family_parts=qkv", _LAYER), **_THEIRS},
+        "1ffn": {"model_options": ("family_parts=mlp", _LAYER, "mlp_layers=1"), **_THEIRS},
+        "2ffn": {"model_options": ("family_parts=mlp", _LAYER), **_THEIRS},
+        "adder": {"model_options": (*_FINAL, "scales=False"), "rule": "addernet", **_THEIRS},
+        "noupdtm": {"model_options": _FINAL, "adder_rate": 1.0},
+        "euclider": {"model_options": _FINAL, "family": ("euclid",)},
+        "wopout": {"model_options": (*_FINAL, "project_out=False"), **_THEIRS},
+        "final": {"model_options": _FINAL, **_THEIRS},
+        "final_batch": {"model_options": (_PARTS, "norm=batch")},
     }
 )
 TRAINING = TrainingOptions(

@@ -26,10 +26,8 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
 })  # fmt: skip
 _TINY = ("patch_size=2", "features=8", "depths=(2,)", "num_heads=(2,)", "window_size=4")
 TRAINING = TrainingOptions(
-    full=TrainConfig(model="swin", dataset="cifar10", epochs=30, adder_rate=30.0),
-    smoke=TrainConfig(
-        model="swin", epochs=1, limit_train=64, batch_size=32, image_size=16, adder_rate=30.0
-    ),
+    full=TrainConfig(model="swin", dataset="cifar10", epochs=30),
+    smoke=TrainConfig(model="swin", epochs=1, limit_train=64, batch_size=32, image_size=16),
     seeds=(0, 1, 2),
 )
 

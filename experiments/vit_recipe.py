@@ -27,7 +27,7 @@ ABOUT = """\
 What makes adder transformers train: the recipe, with one thing changed at a time.
 
 A fixed proxy: SimpleViT with adders in every projection, the first 20,000 training images of
-CIFAR-10, 4 epochs, batch 128, crop and flip, AdamW with rate 1e-3, warm-up and cosine; judged on
+CIFAR-10, 4 epochs, batch 64, crop and flip, AdamW with rate 1e-3, warm-up and cosine; judged on
 the last 5,000 training images, which no run trains on. Every run takes all seeds of --seeds.
 The multiplying twins stand beside it: without norms, and with the norms of the adder network.
 """
@@ -37,6 +37,10 @@ CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "recipe": {},
         "multiplying twin": {"family": ("conv",), "model_options": ()},
         "multiplying twin, batch norm": {"family": ("conv",)},
+        "rate 2e-3": {"learning_rate": 2e-3},
+        "multiplying twin, batch norm, rate 2e-3": {"family": ("conv",), "learning_rate": 2e-3},
+        "batch 128": {"batch_size": 128},
+        "multiplying twin, batch norm, batch 128": {"family": ("conv",), "batch_size": 128},
         "layer norm": {"model_options": ("norm=layer",)},
         "no norm": {"model_options": ("norm=none",)},
         "rate of adder kernels x1": {"adder_rate": 1.0},
@@ -57,11 +61,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 TRAINING = TrainingOptions(
     full=TrainConfig(
         model="vit", family=("adder",), dataset="cifar10", epochs=4, limit_train=20_000,
-        validation=5_000, model_options=_BASE, adder_rate=30.0,
+        batch_size=64, validation=5_000, model_options=_BASE,
     ),
     smoke=TrainConfig(
         model="vit", family=("adder",), epochs=1, limit_train=64, batch_size=32, validation=64,
-        model_options=_BASE, adder_rate=30.0,
+        model_options=_BASE,
     ),
     seeds=(0, 1, 2),
 )  # fmt: skip

@@ -148,7 +148,7 @@ class TrainConfig:
     )
     eta: float = _option(0.2, "training", "adaptive scaling: size of the adder layers' steps")
     adder_rate: float = _option(
-        10.0,
+        30.0,
         "training",
         "adamw: how many times the learning rate adder kernels take",
         metavar="FACTOR",

@@ -198,7 +198,7 @@ class Swin(nnx.Module):
         'mlp_out', 'mlp' for both, 'merging', 'all' or 'none'; several joined by commas, or as a
         tuple.
       norm: after each product of these parts: 'layer', 'batch' (over all tokens of the batch),
-        'none', or 'auto': 'none' for the family 'conv', otherwise 'layer'.
+        'none', or 'auto': 'none' for the family 'conv', otherwise 'batch'.
       multiply_ends: whether patch embedding and head multiply whatever the family.
       scales: whether adder projections have the scales E and F, as in `AdderViT`.
       kernel_std: standard deviation of the family's kernels at the start, as in `AdderViT`.

@@ -111,7 +111,7 @@ def choose_products(
 
     Args:
       family: of the products.
-      norm: after each of them; 'auto': 'none' for 'conv', otherwise 'layer'.
+      norm: after each of them; 'auto': 'none' for 'conv', otherwise 'batch'.
       family_parts: a name, names joined by commas, or a sequence of names: parts of ``known``,
         'mlp' for both layers of the MLP, 'all' or 'none'.
       multiply_ends: whether 'embedding' and 'head' multiply.
@@ -127,7 +127,7 @@ def choose_products(
         raise ValueError(f"norm must be 'auto', 'layer', 'batch' or 'none', got {norm!r}")
     layers = get_family(family)
     if norm == "auto":
-        norm = "none" if layers.name == "conv" else "layer"
+        norm = "none" if layers.name == "conv" else "batch"
     parts = _parse_parts(family_parts, known)
     if not multiply_ends:
         parts |= {"embedding", "head"}

@@ -1,7 +1,8 @@
 """AdderViT: SimpleViT (Beyer et al., 2022) as the Adder-ViT repository builds it.
 
 Adder-ViT's README (github.com/MTDoven/Adder-ViT) names variants. Its code has the final one only,
-so what a name means is known from one line each. In the arguments of ``AdderViT`` they are:
+so what a name means is known from one line each. In the arguments of ``AdderViT``, to which all but
+multi add ``norm="layer"``, they are:
 
 ======== =========================================== ==========================================
 name     what the README says                        arguments
@@ -93,10 +94,11 @@ class AdderViT(nnx.Module):
       family: of the projections and the MLP.
       family_parts: which parts take the family, the others multiply: 'qkv', 'out', 'mlp_in',
         'mlp_out', 'mlp' for both, 'all' or 'none'; several joined by commas, or as a tuple.
-      norm: after each product of these parts: 'layer', 'batch' (over all tokens of the batch),
-        'none', or 'auto': 'none' for the family 'conv', where products need none, otherwise
-        'layer', as published. A fair comparison gives both families the same. Parts that do not
-        take the family have none, as published.
+      norm: after each product of these parts: 'layer' as published, 'batch' (over all tokens of
+        the batch), 'none', or 'auto': 'none' for the family 'conv', where products need none,
+        otherwise 'batch', with which adders learn faster (experiments/README.md). A fair
+        comparison gives both families the same. Parts that do not take the family have none, as
+        published.
       multiply_ends: whether patch embedding and head multiply whatever the family, as published;
         otherwise they are projections with ``norm`` after them.
       scales: whether adder projections have the scales E and F; without, they are -Σ|x - w| + b.

@@ -126,7 +126,7 @@ def first_updates(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
         ({"optimizer": "sgd", "eta": 0.5}, -0.05, -0.4),
         ({"optimizer": "sgd", "adaptive_scaling": "off"}, -0.4, -0.4),
         # Adam's first step is the rate, whatever the gradient.
-        ({"optimizer": "adamw"}, -1.0, -0.1),
+        ({"optimizer": "adamw"}, -3.0, -0.1),
         ({"optimizer": "adamw", "adder_rate": 3.0}, -0.3, -0.1),
         ({"optimizer": "adamw", "adder_rate": 3.0, "adaptive_scaling": "on"}, -0.3, -0.1),
     ],

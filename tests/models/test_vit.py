@@ -144,10 +144,10 @@ def logits_of(model, images):
     return nnx.jit(lambda model, images: model(images))(model, images)
 
 
-def test_auto_norm_is_the_published_one():
+def test_auto_norm_is_batch_norm_where_products_are_distances():
     def norms(**options):
-        paths = [path for path, _ in nnx.to_flat_state(nnx.state(abstract(**options), nnx.Param))]
-        return sum(path[-2:] == ("norm", "scale") for path in paths)
+        paths = [path for path, _ in nnx.to_flat_state(nnx.state(abstract(**options)))]
+        return sum(path[-2:] == ("norm", "mean") for path in paths)
 
     assert norms(family="adder") == 6
     assert norms(family="euclid") == 6
