@@ -198,7 +198,7 @@ def _run_section(folder: Path, result: dict[str, Any]) -> Section:
     pictures = [Picture("curves.png", f"Loss and accuracy over epochs: {title}")]
     return Section(
         folder,
-        f"Training run: {title}",
+        f"Training run {folder.name}: {title}",
         False,
         str(result["command"]),
         _facts(result),

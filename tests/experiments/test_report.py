@@ -98,7 +98,8 @@ def test_page_has_all_results(tmp_path: Path) -> None:
     assert page.text.count("smoke size") == 2  # in the contents and in its section
     for text in ("a command a title", "a note a title", "1 min 15 s", "a processor, 2 cores",
                  "2 × cpu", "jax 0.10.2", "2.00 GiB", "25.0%", "a training command",
-                 "a note on the data", "lenet5 on digits, adder, seed 3"):  # fmt: skip
+                 "a note on the data",
+                 "Training run alone: lenet5 on digits, adder, seed 3"):  # fmt: skip
         assert text in page.text
     # The run inside the experiment has no section, but both are in the table.
     assert page.text.count("87.50%") == 3
