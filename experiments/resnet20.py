@@ -6,13 +6,7 @@ import sys
 
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome
-from experiments.studies.study import (  # fmt: skip
-    TrainingOptions,
-    comparison,
-    families,
-    train,
-    with_seeds,
-)
+from experiments.studies.study import TrainingOptions, comparison, families, train, with_seeds
 from experiments.training.config import FAMILIES, TrainConfig
 
 ABOUT = """\

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,10 @@ from experiments.studies.programs import Images, create
 from experiments.studies.ranks import Observer, effective_rank
 from jadder.models import get_family
 from jadder.rules import Clip
+from tests.experiments.json_values import numbers
 from tests.strategies import clips, seeds
 
 # -- the command lines -----------------------------------------------------------------------------
-
-
-def numbers(value: Any) -> Iterator[float]:
-    """Every number in a JSON value."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from numbers(item)
-    elif isinstance(value, int | float):
-        yield value
 
 
 @pytest.mark.parametrize("script", [gradient_rules, diversity, profile_step, speed])
