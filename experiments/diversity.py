@@ -128,7 +128,8 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
             "E and F start at 1 and b at 0: with one seed, networks with and without them are the "
             "same function at the start.",
             "With identity mapping, the values are mixed by the attention map plus the identity.",
-            "Tokens are ranked after their mean over the image is taken away.",
+            "Tokens are ranked after their mean over the image is taken away. Batch norm takes the "
+            "moments of the images that are ranked; accuracies take the running ones.",
         ],
         data={"gaussian": gaussian, "vit": variants},
     )

@@ -1,5 +1,6 @@
 """Effective ranks: of matrices, and of what a vision transformer makes of images."""
 
+import functools
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ def effective_rank(matrices: Any) -> Floats:
 
 
 class Observer:
-    """What a network makes of test images, by one program for all of them.
+    """What a network makes of test images, by the same programs for all networks.
 
     Args:
         network: of the structure that is observed.
@@ -50,18 +51,24 @@ class Observer:
         graphdef, _ = nnx.split(network)
         mean, std = (jnp.asarray(moment) for moment in (dataset.mean, dataset.std))
 
-        @jax.jit
-        def forward(state: Any, images: jax.Array) -> Any:
+        @functools.partial(jax.jit, static_argnames="own_statistics")
+        def forward(state: Any, images: jax.Array, own_statistics: bool) -> Any:
             model: Any = nnx.merge(graphdef, state)
-            model.eval()
+            model.train() if own_statistics else model.eval()
             maps, tokens = watch_blocks(model)
             logits = model(normalize(images, mean, std))
             return logits, maps, tokens
 
         self._forward = forward
 
-    def __call__(self, network: Any, start: int = 0) -> Any:
+    def __call__(self, network: Any, start: int = 0, *, own_statistics: bool = False) -> Any:
         """Logits, and for each block its attention maps and tokens, for a batch from `start` on.
+
+        Args:
+            network: of the structure of the first.
+            start: the batch's first image.
+            own_statistics: whether batch normalisation takes the moments of these images instead
+                of the running ones, which mean nothing before training.
 
         Returns:
             logits (batch, classes), maps (batch, heads, tokens, tokens) and tokens (batch, tokens,
@@ -69,7 +76,8 @@ class Observer:
         """
         images = self.dataset.test_images
         place = np.minimum(np.arange(start, start + self.batch), len(images) - 1)
-        return jax.device_get(self._forward(nnx.split(network)[1], images[place]))
+        state = nnx.split(network)[1]
+        return jax.device_get(self._forward(state, images[place], own_statistics=own_statistics))
 
     def accuracy(self, network: Any) -> float:
         """On the test images."""
@@ -83,12 +91,15 @@ class Observer:
     def ranks(self, network: Any) -> dict[str, list[float]]:
         """Mean effective ranks for each block, over the first batch of test images.
 
+        Batch normalisation takes the moments of these images, so that ranks before and after
+        training can be compared.
+
         Returns:
             maps: over images and heads.
             mixing: the same of the maps plus the identity, where identity mapping is on.
             tokens: over images, each (tokens, features) with the tokens' mean taken away.
         """
-        _, maps, tokens = self(network)
+        _, maps, tokens = self(network, own_statistics=True)
         mixing = [m + np.eye(m.shape[-1]) for m in maps] if self.identity else []
         tokens = [t - t.mean(1, keepdims=True) for t in tokens]
         return {

@@ -171,6 +171,18 @@ def test_what_is_observed_is_what_the_network_computes() -> None:
     np.testing.assert_allclose(logits, head, rtol=1e-3, atol=1e-3)
 
 
+def test_ranks_do_not_depend_on_running_statistics() -> None:
+    dataset = load("digits", image_size=8, limit_train=8)
+    network: Any = diversity.build(diversity.TRAINING.smoke, "adder, plain", "auto", dataset)
+    observer = Observer(network, dataset, 8)
+    before, logits = observer.ranks(network), observer(network)[0]
+    statistics = nnx.state(network, nnx.BatchStat)
+    assert jax.tree.leaves(statistics)
+    nnx.update(network, jax.tree.map(lambda leaf: 2 * leaf + 3, statistics))
+    assert observer.ranks(network) == before
+    assert np.abs(observer(network)[0] - logits).max() > 1e-3
+
+
 def test_scales_are_no_difference_at_the_start() -> None:
     dataset = load("digits", image_size=8, limit_train=8)
     config = diversity.TRAINING.smoke
