@@ -3,10 +3,19 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome
-from experiments.studies.study import TrainingOptions, comparison, families, train, with_seeds
+from experiments.studies.study import (
+    TrainingOptions,
+    changed,
+    comparison,
+    families,
+    train,
+    with_seeds,
+)
 from experiments.training.config import FAMILIES, TrainConfig
 
 ABOUT = """\
@@ -14,11 +23,16 @@ ResNet-20 on CIFAR-10: adder, conv and euclid at equal budget.
 
 SGD with rate 0.1, momentum 0.9, weight decay 5e-4, crop and flip; one epoch of warm-up and a
 cosine over the run's length, whatever that is: --epochs 10, 30 and 100 are short budgets with a
-schedule of their own. There adder kernels take eta = 0.4 in adaptive scaling. --recipe addernet
-takes the batch, the length and the eta of AdderNet's paper (Chen et al., 2020): 400 epochs at batch
-256, eta = 0.2. The small size is of LeNet-5, which compiles sooner.
+schedule of their own. The adder network has eta = 0.4 in adaptive scaling then, and takes the mean
+over the channels away before each batch normalisation (norm=centered_batch). --recipe addernet is
+that of AdderNet's paper (Chen et al., 2020): 400 epochs at batch 256, eta = 0.2, batch
+normalisation alone. The small size is of LeNet-5, which compiles sooner.
 """
-ETA = {"short": 0.4, "addernet": 0.2}
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "short": {"eta": 0.4, "model_options": ("norm=centered_batch",)},
+    "addernet": {"eta": 0.2},
+}
+"""What each changes of an adder network's training."""
 TRAINING = TrainingOptions(
     full=TrainConfig(model="resnet20", dataset="cifar10", epochs=10),
     smoke=TrainConfig(model="lenet5", epochs=1, limit_train=64, batch_size=32, image_size=8),
@@ -28,8 +42,7 @@ TRAINING = TrainingOptions(
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--recipe", choices=tuple(ETA), default="short")
-    parser.add_argument("--eta", type=float, help="of adder kernels (default: as the recipe says)")
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default="short")
     TRAINING.add(parser)
 
 
@@ -40,9 +53,8 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
             config, epochs=options.epochs or 400, batch_size=options.batch_size or 256
         )
     plans = families(config, options.families)
-    if "adder" in plans:
-        eta = ETA[options.recipe] if options.eta is None else options.eta
-        plans["adder"] = dataclasses.replace(plans["adder"], eta=eta)
+    if "adder" in plans and not options.smoke:
+        plans["adder"] = changed(plans["adder"], RECIPES[options.recipe])
     length = f"{config.epochs} epochs"
     plans = {f"{name}, {length}": one for name, one in plans.items()}
     runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)

@@ -41,6 +41,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "multiplying twin, batch norm, rate 2e-3": {"family": ("conv",), "learning_rate": 2e-3},
         "batch 128": {"batch_size": 128},
         "multiplying twin, batch norm, batch 128": {"family": ("conv",), "batch_size": 128},
+        "centered batch norm": {"model_options": ("norm=centered_batch",)},
+        "multiplying twin, centered batch norm": {
+            "family": ("conv",),
+            "model_options": ("norm=centered_batch",),
+        },
         "layer norm": {"model_options": ("norm=layer",)},
         "no norm": {"model_options": ("norm=none",)},
         "rate of adder kernels x1": {"adder_rate": 1.0},

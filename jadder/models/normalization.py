@@ -24,7 +24,7 @@ class BatchNorm(nnx.BatchNorm):
     """``nnx.BatchNorm`` with PyTorch's conventions, and arithmetic that adder products need.
 
     In training, ``y = scale · (x - mean) / √(var + epsilon) + bias`` with the batch's mean and
-    biased variance, as in Flax. Three things differ:
+    biased variance, as in Flax. What differs:
 
     * ``var`` follows the *unbiased* variance, n / (n - 1) times the biased one, as in PyTorch;
       ``momentum`` is Flax's decay, so its default 0.9 is PyTorch's 0.1.
@@ -40,8 +40,14 @@ class BatchNorm(nnx.BatchNorm):
       epsilon: added to the variance.
       dtype: dtype of the result; None: that of the input and parameters, promoted.
       param_dtype: dtype of ``scale`` and ``bias``.
+      center_features: whether each position's mean over the features is taken away first. All
+        outputs of an adder layer fall together where its input grows; this takes out what they
+        share, of which there is more than of anything else at the start (see experiments/).
       rngs: see ``nnx.BatchNorm``.
       **options: the other arguments of ``nnx.BatchNorm``.
+
+    Raises:
+      ValueError: ``center_features`` with a single feature, of which nothing would be left.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,9 +66,12 @@ class BatchNorm(nnx.BatchNorm):
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
+        center_features: bool = False,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
+        if center_features and num_features < 2:
+            raise ValueError(f"center_features needs at least two features, got {num_features}")
         super().__init__(
             num_features,
             momentum=momentum,
@@ -77,6 +86,7 @@ class BatchNorm(nnx.BatchNorm):
         statistics_dtype = jnp.promote_types(param_dtype, jnp.float32)
         self.mean = nnx.BatchStat(jnp.zeros(num_features, statistics_dtype))
         self.var = nnx.BatchStat(jnp.ones(num_features, statistics_dtype))
+        self.center_features = center_features
 
     def __call__(
         self,
@@ -100,6 +110,8 @@ class BatchNorm(nnx.BatchNorm):
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
+        if self.center_features:
+            x = self._centered(x)
         if use_running_average:
             evaluated: Array = super().__call__(x, use_running_average=True)
             return evaluated
@@ -111,6 +123,11 @@ class BatchNorm(nnx.BatchNorm):
         moved = self.var[...] - self.momentum * old_var
         self.var[...] = lax.stop_gradient(self.var[...] + moved / (count - 1))
         return y
+
+    def _centered(self, x: Array) -> Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centered: Array = wide - wide.mean(self.axis, keepdims=True)
+        return centered
 
     def _values_per_feature(self, x: Array, mask: Array | None) -> Array | int:
         feature_axis = self.axis % x.ndim

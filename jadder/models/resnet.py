@@ -5,6 +5,8 @@ classifier multiply, every other product is the family's, the 1 x 1 shortcuts in
 normalisation follows every product, also the classifier.
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -16,15 +18,22 @@ from jadder.models.family import Family, end_family, get_family
 from jadder.models.images import check_images, max_pool
 from jadder.models.normalization import BatchNorm
 
+Norm = Literal["batch", "centered_batch"]
+
+_NORMS: Mapping[str, Callable[..., BatchNorm]] = {
+    "batch": BatchNorm,
+    "centered_batch": functools.partial(BatchNorm, center_features=True),
+}
+
 
 def _shortcut(
-    in_features: int, out_features: int, strides: int, family: Family, **types: Any
+    in_features: int, out_features: int, strides: int, family: Family, norm: Norm, **types: Any
 ) -> nnx.List[Any] | None:
     """A 1 x 1 product with its normalisation, or None where the identity fits."""
     if strides == 1 and in_features == out_features:
         return None
     product = family.conv(in_features, out_features, (1, 1), strides, padding=0, **types)
-    return nnx.List([product, BatchNorm(out_features, **types)])
+    return nnx.List([product, _NORMS[norm](out_features, **types)])
 
 
 def _through(layers: nnx.List[Any] | None, x: Array) -> Array:
@@ -41,19 +50,27 @@ class BasicBlock(nnx.Module):
       features: channels of both products.
       strides: of the first product and of the shortcut.
       family: of all products.
+      norm: after each of them, as in ``ResNet``.
       **types: ``dtype``, ``param_dtype`` and ``rngs`` of the layers.
     """
 
     expansion = 1
 
     def __init__(
-        self, in_features: int, features: int, strides: int, family: Family, **types: Any
+        self,
+        in_features: int,
+        features: int,
+        strides: int,
+        family: Family,
+        norm: Norm = "batch",
+        **types: Any,
     ) -> None:
+        normalize = functools.partial(_NORMS[norm], **types)
         self.conv1 = family.conv(in_features, features, (3, 3), strides, padding=1, **types)
-        self.bn1 = BatchNorm(features, **types)
+        self.bn1 = normalize(features)
         self.conv2 = family.conv(features, features, (3, 3), padding=1, **types)
-        self.bn2 = BatchNorm(features, **types)
-        self.downsample = nnx.data(_shortcut(in_features, features, strides, family, **types))
+        self.bn2 = normalize(features)
+        self.downsample = nnx.data(_shortcut(in_features, features, strides, family, norm, **types))
 
     def __call__(self, x: Array) -> Array:
         """(batch, height, width, in_features) to (batch, height / strides, ..., features)."""
@@ -70,22 +87,32 @@ class Bottleneck(nnx.Module):
       features: channels of the first two products.
       strides: of the second product and of the shortcut.
       family: of all products.
+      norm: after each of them, as in ``ResNet``.
       **types: ``dtype``, ``param_dtype`` and ``rngs`` of the layers.
     """
 
     expansion = 4
 
     def __init__(
-        self, in_features: int, features: int, strides: int, family: Family, **types: Any
+        self,
+        in_features: int,
+        features: int,
+        strides: int,
+        family: Family,
+        norm: Norm = "batch",
+        **types: Any,
     ) -> None:
+        normalize = functools.partial(_NORMS[norm], **types)
         out_features = self.expansion * features
         self.conv1 = family.conv(in_features, features, (1, 1), padding=0, **types)
-        self.bn1 = BatchNorm(features, **types)
+        self.bn1 = normalize(features)
         self.conv2 = family.conv(features, features, (3, 3), strides, padding=1, **types)
-        self.bn2 = BatchNorm(features, **types)
+        self.bn2 = normalize(features)
         self.conv3 = family.conv(features, out_features, (1, 1), padding=0, **types)
-        self.bn3 = BatchNorm(out_features, **types)
-        self.downsample = nnx.data(_shortcut(in_features, out_features, strides, family, **types))
+        self.bn3 = normalize(out_features)
+        self.downsample = nnx.data(
+            _shortcut(in_features, out_features, strides, family, norm, **types)
+        )
 
     def __call__(self, x: Array) -> Array:
         """(batch, height, width, in_features) to (batch, height / strides, ..., 4 · features)."""
@@ -109,13 +136,15 @@ class ResNet(nnx.Module):
       channels: channels of the images, whose height and width are free.
       family: of the products.
       multiply_ends: whether the stem and the classifier multiply whatever the family, as published.
+      norm: after each product of the family: 'batch' as published, or 'centered_batch', which takes
+        each position's mean over the features away before (``BatchNorm``'s ``center_features``).
       head_bias: whether the classifier has a bias, before the normalisation.
       dtype: of the computation; None: that of the parameters and images, promoted.
       param_dtype: of the parameters.
       rngs: source of the initial parameters.
 
     Raises:
-      ValueError: an unknown family or stem.
+      ValueError: an unknown family, stem or norm.
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,6 +165,7 @@ class ResNet(nnx.Module):
         channels: int = 3,
         family: str | Family = "adder",
         multiply_ends: bool = True,
+        norm: Norm = "batch",
         head_bias: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -143,6 +173,8 @@ class ResNet(nnx.Module):
     ) -> None:
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"stem must be 'cifar' or 'imagenet', got {stem!r}")
+        if norm not in _NORMS:
+            raise ValueError(f"norm must be 'batch' or 'centered_batch', got {norm!r}")
         layers = get_family(family)
         ends = end_family(layers, multiply_ends=multiply_ends)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -161,7 +193,7 @@ class ResNet(nnx.Module):
             blocks = []
             for index in range(size):
                 strides = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(in_features, features, strides, layers, **types))
+                blocks.append(block(in_features, features, strides, layers, norm, **types))
                 in_features = features * block.expansion
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.fc = ends.linear(in_features, num_classes, use_bias=head_bias, **types)

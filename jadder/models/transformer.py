@@ -1,6 +1,7 @@
 """What transformers of any family are made of: normalised projections, attention, blocks."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -14,14 +15,18 @@ from jadder.models.normalization import BatchNorm, LayerNorm
 from jadder.nn import AdderAttention, AdderLinear, ScaledAdderLinear
 from jadder.rules import ADDER_VIT
 
-Norm = Literal["layer", "batch", "none"]
+Norm = Literal["layer", "batch", "centered_batch", "none"]
 Scores = Literal["dot", "adder"]
 Parts = str | Sequence[str]
 
 BLOCK_PARTS = ("qkv", "out", "mlp_in", "mlp_out")
 """The parts of a block that have products: three projections, the last one, and the MLP's two."""
 
-_NORMS = {"layer": LayerNorm, "batch": BatchNorm}
+_NORMS: Mapping[str, Callable[..., nnx.Module]] = {
+    "layer": LayerNorm,
+    "batch": BatchNorm,
+    "centered_batch": functools.partial(BatchNorm, center_features=True),
+}
 
 
 class NormalizedProjection(nnx.Module):
@@ -31,7 +36,8 @@ class NormalizedProjection(nnx.Module):
       in_features: size of the input's last axis.
       out_features: size of the result's last axis.
       family: of the projection.
-      norm: 'layer', 'batch' (over all tokens of the batch) or 'none'.
+      norm: 'layer', 'batch' (over all tokens of the batch), 'centered_batch' (the same, after each
+        token's mean over the features is taken away) or 'none'.
       use_bias: whether the projection has a bias.
       **types: ``dtype``, ``param_dtype`` and ``rngs`` of the layers.
     """
@@ -124,7 +130,9 @@ def choose_products(
       ValueError: an unknown family, norm or part, or a standard deviation that is not positive.
     """
     if norm not in ("auto", "none", *_NORMS):
-        raise ValueError(f"norm must be 'auto', 'layer', 'batch' or 'none', got {norm!r}")
+        raise ValueError(
+            f"norm must be 'auto', {', '.join(map(repr, _NORMS))} or 'none', got {norm!r}"
+        )
     layers = get_family(family)
     if norm == "auto":
         norm = "none" if layers.name == "conv" else "batch"

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.timing import interleaved
-from experiments import diversity, gradient_rules, profile_step, speed
+from experiments import channels, diversity, gradient_rules, profile_step, speed
 from experiments.common.errors import UserError
 from experiments.common.interrupt import Interrupted
 from experiments.images.augment import normalize
@@ -35,7 +35,7 @@ from tests.strategies import clips, seeds
 # -- the command lines -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", [gradient_rules, diversity, profile_step, speed])
+@pytest.mark.parametrize("script", [gradient_rules, diversity, channels, profile_step, speed])
 def test_smoke(script: Any, tmp_path: Path) -> None:
     experiment: Experiment = script.EXPERIMENT
     assert experiment.main(["--smoke", "--out-dir", str(tmp_path)]) == 0
@@ -51,7 +51,7 @@ def test_smoke(script: Any, tmp_path: Path) -> None:
         assert (folder / picture["file"]).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("script", [gradient_rules, diversity, profile_step, speed])
+@pytest.mark.parametrize("script", [gradient_rules, diversity, channels, profile_step, speed])
 def test_help(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         script.main(["--help"])
@@ -72,6 +72,7 @@ def test_help(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (speed, "--repeats 0", "--repeats and --memory-limit positive"),
         (diversity, "--data-dir none --images 4", "none does not exist"),
+        (channels, "--smoke --images 0", "--images must be positive"),
         (diversity, "--smoke --images 0", "--images must be positive"),
         (diversity, "--smoke --batch-size 65", "65 is more than 64 images"),
     ],
@@ -125,6 +126,29 @@ def test_rules_come_nearer_to_the_sign_as_they_get_steeper() -> None:
         values = [rows[rule][measure] for rule in order]
         assert values == sorted(values)
     assert rows["sign"]["cosine"] == pytest.approx(1)
+
+
+# -- channels -------------------------------------------------------------------------------------
+
+
+def test_channels_that_are_one_and_channels_that_are_not() -> None:
+    random = np.random.default_rng(0)
+    one = random.standard_normal((4000, 1)) * np.array([1.0, -2.0, 3.0]) + 5
+    several = random.standard_normal((4000, 3)) @ np.diag([1.0, 1.0, 1.0]) + 5
+    assert channels.correlation(one) == pytest.approx(1)
+    assert channels.rank_share(one) == pytest.approx(1 / 3)
+    assert channels.correlation(several) < 0.1
+    assert channels.rank_share(several) > 0.99
+
+
+def test_what_is_observed_of_a_resnet() -> None:
+    dataset = load("digits", image_size=8, limit_train=8)
+    network = channels.build(channels.Start(mean=0.5), (1, 1), 4, dataset, 0)
+    kernel = network.layer1[0].conv1.kernel[...]
+    assert abs(kernel.mean() - 0.5) < 0.5 < kernel.std()
+    seen = channels.observe(network, dataset, 4)
+    assert len(seen) == 4
+    assert all(0 < one["rank"] <= 1 and 0 <= one["correlation"] <= 1 for one in seen)
 
 
 # -- diversity -------------------------------------------------------------------------------------

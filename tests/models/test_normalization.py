@@ -1,5 +1,7 @@
 """Normalisations against literal NumPy formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,40 @@ def test_view_switches_batch_norm_without_touching_the_model():
     assert not norm.use_running_average
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    shape=st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(2, 6)),
+    shift=st.floats(-1e3, 1e3),
+    training=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_centered_features_are_those_of_a_centered_input(shape, shift, training, seed):
+    random = np.random.default_rng(seed)
+    x = random.normal(size=shape)
+    with jax.enable_x64(True):
+        options = {"param_dtype": jnp.float64, "use_running_average": not training}
+        plain = BatchNorm(shape[-1], rngs=nnx.Rngs(0), **options)
+        centered = BatchNorm(shape[-1], center_features=True, rngs=nnx.Rngs(0), **options)
+        expected = plain(jnp.asarray(x - x.mean(-1, keepdims=True)))
+        shared = shift * random.normal(size=(*shape[:-1], 1))
+        np.testing.assert_allclose(centered(jnp.asarray(x + shared)), expected, atol=1e-7)
+        for one, other in ((centered.mean, plain.mean), (centered.var, plain.var)):
+            np.testing.assert_allclose(one[...], other[...], atol=1e-9)
+
+
+def test_centered_features_give_no_gradient_to_what_they_share():
+    x = jnp.asarray(np.random.default_rng(0).normal(-2600, 4, (8, 3, 6)), jnp.float32)
+    norm = BatchNorm(6, center_features=True, rngs=nnx.Rngs(0))
+    gradient = nnx.grad(lambda norm, x: jnp.sum(jnp.sin(norm(x))), argnums=1)(norm, x)
+    assert jnp.abs(gradient).max() > 1e-3
+    np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-5)
+
+
+def test_one_feature_cannot_be_centered():
+    with pytest.raises(ValueError, match="at least two features, got 1"):
+        BatchNorm(1, center_features=True, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("make", [BatchNorm, LayerNorm])
 def test_float32_keeps_its_digits_far_from_zero(make):
     """As the products of a trained adder ResNet-20 lie: at -2600 with a standard deviation of 4."""
@@ -87,7 +123,10 @@ def test_float32_keeps_its_digits_far_from_zero(make):
     np.testing.assert_allclose(y, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("make", [BatchNorm, LayerNorm])
+CENTERED = functools.partial(BatchNorm, center_features=True)
+
+
+@pytest.mark.parametrize("make", [BatchNorm, CENTERED, LayerNorm])
 def test_bfloat16_rounds_the_result_only(make):
     x = np.random.default_rng(0).normal(-2600, 4, (64, 64)).astype(np.float32)
     exact = make(64, rngs=nnx.Rngs(0))

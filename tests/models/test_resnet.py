@@ -10,6 +10,7 @@ from flax import nnx
 
 from jadder.models import (
     BasicBlock,
+    BatchNorm,
     Bottleneck,
     ResNet,
     resnet18,
@@ -117,7 +118,15 @@ def random_images(batch=4, side=8):
     return jnp.asarray(values, jnp.float32)
 
 
-@pytest.mark.parametrize("variant", [{}, {"block": Bottleneck, "stem": "imagenet"}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"norm": "centered_batch"},
+        {"block": Bottleneck, "stem": "imagenet"},
+        {"block": Bottleneck, "norm": "centered_batch"},
+    ],
+)
 def test_logits_and_gradients_are_finite(layers, variant):
     model = small(family=layers, **variant)
 
@@ -128,6 +137,28 @@ def test_logits_and_gradients_are_finite(layers, variant):
     loss, grads = gradients(model, random_images(side=12))
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(("block", "products"), [(BasicBlock, 5), (Bottleneck, 8)])
+def test_centered_norms_follow_every_product_but_the_ends(block, products):
+    model = abstract(block=block, norm="centered_batch")
+    norms = [norm for _, norm in nnx.iter_graph(model) if isinstance(norm, BatchNorm)]
+    assert sum(norm.center_features for norm in norms) == products == len(norms) - 2
+    assert not model.bn1.center_features
+    assert not model.bn2.center_features
+
+
+def test_centering_tells_the_features_of_adders_apart():
+    """At the start they nearly are one, because all sums |x - w| grow with x."""
+
+    def likeness(norm):
+        model = small(family="adder", width=16, norm=norm)
+        block = model.layer1[0]
+        y = block.bn1(block.conv1(nnx.relu(model.bn1(model.conv1(random_images())))))
+        return np.abs(np.corrcoef(y.reshape(-1, 16).T) - np.eye(16)).sum() / (16 * 15)
+
+    assert likeness("batch") > 0.9
+    assert likeness("centered_batch") < 0.6
 
 
 def logits_of(model, images):
@@ -187,6 +218,11 @@ def test_images_of_a_wrong_shape(shape):
 def test_images_of_a_wrong_dtype():
     with pytest.raises(TypeError, match=r"floating dtype.*uint8"):
         abstract()(jnp.ones((2, 8, 8, 3), jnp.uint8))
+
+
+def test_unknown_norm():
+    with pytest.raises(ValueError, match="'batch' or 'centered_batch', got 'layer'"):
+        small(norm="layer")
 
 
 def test_unknown_stem():

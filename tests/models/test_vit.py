@@ -103,7 +103,7 @@ def test_scales_have_the_sizes_of_inputs_and_outputs():
     assert sum(sizes) == 4 * (8 + 8) + 2 * (8 + 12)
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("norm", ["layer", "batch", "centered_batch"])
 def test_logits_and_gradients_are_finite(layers, norm):
     assert_trains(small(family=layers, norm=norm))
 
@@ -304,7 +304,7 @@ def test_every_layer_takes_the_dtypes(layers, norm):
         ({"family_parts": "qkv,ffn"}, "qkv, out, mlp_in, mlp_out, mlp, all, none; got 'ffn'"),
         ({"kernel_std": 0.0}, "kernel_std must be a positive number, got 0.0"),
         ({"kernel_std": math.nan}, "kernel_std must be a positive number, got nan"),
-        ({"norm": "group"}, "'auto', 'layer', 'batch' or 'none', got 'group'"),
+        ({"norm": "group"}, "'layer', 'batch', 'centered_batch', got 'group'"),
         ({"scores": "cosine"}, "'dot' or 'adder', got 'cosine'"),
         ({"family": "shift"}, "unknown family 'shift'"),
     ],
