@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
             config, epochs=options.epochs or 400, batch_size=options.batch_size or 256
         )
     plans = families(config, options.families)
-    if "adder" in plans and not options.smoke:
+    if "adder" in plans:
         plans["adder"] = changed(plans["adder"], RECIPES[options.recipe])
     length = f"{config.epochs} epochs"
     plans = {f"{name}, {length}": one for name, one in plans.items()}

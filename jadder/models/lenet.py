@@ -1,5 +1,6 @@
 """LeNet-5-BN (LeCun et al., 1998; batch normalisation as AdderNet's experiments on MNIST)."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import Array
 
 from jadder.models.family import Family, end_family, get_family
 from jadder.models.images import check_images, flatten, image_shape, max_pool
-from jadder.models.normalization import BatchNorm
+from jadder.models.normalization import BatchNormName, get_batch_norm
 
 _SMALLEST_FOR_VALID = 12
 
@@ -28,12 +29,14 @@ class LeNet5(nnx.Module):
       channels: channels of the images.
       family: of the products.
       multiply_ends: whether the first and last product multiply whatever the family, as published.
+      norm: after each product of the family: 'batch' as published, or 'centered_batch', which takes
+        each position's mean over the features away before (``BatchNorm``'s ``center_features``).
       dtype: of the computation; None: that of the parameters and images, promoted.
       param_dtype: of the parameters.
       rngs: source of the initial parameters.
 
     Raises:
-      ValueError: an unknown family, or images too small to be pooled twice.
+      ValueError: an unknown family or norm, or images too small to be pooled twice.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,6 +54,7 @@ class LeNet5(nnx.Module):
         channels: int = 1,
         family: str | Family = "adder",
         multiply_ends: bool = True,
+        norm: BatchNormName = "batch",
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -65,16 +69,20 @@ class LeNet5(nnx.Module):
         layers = get_family(family)
         ends = end_family(layers, multiply_ends=multiply_ends)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        normalize = functools.partial(get_batch_norm(norm), **types)
+        normalize_end = functools.partial(
+            get_batch_norm("batch" if multiply_ends else norm), **types
+        )
         self.conv1 = ends.conv(channels, 6, (5, 5), padding="SAME", **types)
-        self.bn1 = BatchNorm(6, **types)
+        self.bn1 = normalize_end(6)
         self.conv2 = layers.conv(6, 16, (5, 5), padding="VALID" if valid else "SAME", **types)
-        self.bn2 = BatchNorm(16, **types)
+        self.bn2 = normalize(16)
         self.fc1 = layers.linear(height * width * 16, 120, **types)
-        self.bn3 = BatchNorm(120, **types)
+        self.bn3 = normalize(120)
         self.fc2 = layers.linear(120, 84, **types)
-        self.bn4 = BatchNorm(84, **types)
+        self.bn4 = normalize(84)
         self.fc3 = ends.linear(84, num_classes, **types)
-        self.bn5 = BatchNorm(num_classes, **types)
+        self.bn5 = normalize_end(num_classes)
 
     def __call__(self, images: Array) -> Array:
         """Logits (batch, num_classes) of images (batch, height, width, channels).

@@ -1,6 +1,8 @@
 """Normalisations for products that lie far from zero, with PyTorch's conventions."""
 
-from typing import Any, TypeVar
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -187,3 +189,29 @@ class LayerNorm(nnx.LayerNorm):
             rngs=rngs,
             **options,
         )
+
+
+BatchNormName = Literal["batch", "centered_batch"]
+
+BATCH_NORMS: Mapping[str, Callable[..., BatchNorm]] = {
+    "batch": BatchNorm,
+    "centered_batch": functools.partial(BatchNorm, center_features=True),
+}
+"""What models call them: 'centered_batch' is the one with ``center_features``."""
+
+
+def get_batch_norm(norm: BatchNormName) -> Callable[..., BatchNorm]:
+    """The batch normalisation of that name.
+
+    Raises:
+      ValueError: an unknown name.
+
+    Example:
+      >>> get_batch_norm("centered_batch")(8, rngs=nnx.Rngs(0)).center_features
+      True
+    """
+    try:
+        return BATCH_NORMS[norm]
+    except (KeyError, TypeError):
+        known = " or ".join(map(repr, BATCH_NORMS))
+        raise ValueError(f"norm must be {known}, got {norm!r}") from None

@@ -6,7 +6,6 @@ normalisation follows every product, also the classifier.
 """
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -16,24 +15,22 @@ from jax import Array
 
 from jadder.models.family import Family, end_family, get_family
 from jadder.models.images import check_images, max_pool
-from jadder.models.normalization import BatchNorm
-
-Norm = Literal["batch", "centered_batch"]
-
-_NORMS: Mapping[str, Callable[..., BatchNorm]] = {
-    "batch": BatchNorm,
-    "centered_batch": functools.partial(BatchNorm, center_features=True),
-}
+from jadder.models.normalization import BatchNormName, get_batch_norm
 
 
 def _shortcut(
-    in_features: int, out_features: int, strides: int, family: Family, norm: Norm, **types: Any
+    in_features: int,
+    out_features: int,
+    strides: int,
+    family: Family,
+    norm: BatchNormName,
+    **types: Any,
 ) -> nnx.List[Any] | None:
     """A 1 x 1 product with its normalisation, or None where the identity fits."""
     if strides == 1 and in_features == out_features:
         return None
     product = family.conv(in_features, out_features, (1, 1), strides, padding=0, **types)
-    return nnx.List([product, _NORMS[norm](out_features, **types)])
+    return nnx.List([product, get_batch_norm(norm)(out_features, **types)])
 
 
 def _through(layers: nnx.List[Any] | None, x: Array) -> Array:
@@ -62,10 +59,10 @@ class BasicBlock(nnx.Module):
         features: int,
         strides: int,
         family: Family,
-        norm: Norm = "batch",
+        norm: BatchNormName = "batch",
         **types: Any,
     ) -> None:
-        normalize = functools.partial(_NORMS[norm], **types)
+        normalize = functools.partial(get_batch_norm(norm), **types)
         self.conv1 = family.conv(in_features, features, (3, 3), strides, padding=1, **types)
         self.bn1 = normalize(features)
         self.conv2 = family.conv(features, features, (3, 3), padding=1, **types)
@@ -99,10 +96,10 @@ class Bottleneck(nnx.Module):
         features: int,
         strides: int,
         family: Family,
-        norm: Norm = "batch",
+        norm: BatchNormName = "batch",
         **types: Any,
     ) -> None:
-        normalize = functools.partial(_NORMS[norm], **types)
+        normalize = functools.partial(get_batch_norm(norm), **types)
         out_features = self.expansion * features
         self.conv1 = family.conv(in_features, features, (1, 1), padding=0, **types)
         self.bn1 = normalize(features)
@@ -165,7 +162,7 @@ class ResNet(nnx.Module):
         channels: int = 3,
         family: str | Family = "adder",
         multiply_ends: bool = True,
-        norm: Norm = "batch",
+        norm: BatchNormName = "batch",
         head_bias: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -173,11 +170,12 @@ class ResNet(nnx.Module):
     ) -> None:
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"stem must be 'cifar' or 'imagenet', got {stem!r}")
-        if norm not in _NORMS:
-            raise ValueError(f"norm must be 'batch' or 'centered_batch', got {norm!r}")
         layers = get_family(family)
         ends = end_family(layers, multiply_ends=multiply_ends)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        normalize_end = functools.partial(
+            get_batch_norm("batch" if multiply_ends else norm), **types
+        )
         self.channels = channels
         self.stem = stem
         self.num_stages = len(stage_sizes)
@@ -186,7 +184,7 @@ class ResNet(nnx.Module):
         self.conv1 = ends.conv(
             channels, width, (window, window), strides, padding=window // 2, **types
         )
-        self.bn1 = BatchNorm(width, **types)
+        self.bn1 = normalize_end(width)
         in_features = width
         for stage, size in enumerate(stage_sizes):
             features = width * 2**stage
@@ -197,7 +195,7 @@ class ResNet(nnx.Module):
                 in_features = features * block.expansion
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.fc = ends.linear(in_features, num_classes, use_bias=head_bias, **types)
-        self.bn2 = BatchNorm(num_classes, **types)
+        self.bn2 = normalize_end(num_classes)
 
     def __call__(self, images: Array) -> Array:
         """Logits (batch, num_classes) of images (batch, height, width, channels).

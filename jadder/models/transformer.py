@@ -1,7 +1,6 @@
 """What transformers of any family are made of: normalised projections, attention, blocks."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from jadder.models.family import FAMILIES, Family, get_family
-from jadder.models.normalization import BatchNorm, LayerNorm
+from jadder.models.normalization import BATCH_NORMS, LayerNorm
 from jadder.nn import AdderAttention, AdderLinear, ScaledAdderLinear
 from jadder.rules import ADDER_VIT
 
@@ -22,11 +21,7 @@ Parts = str | Sequence[str]
 BLOCK_PARTS = ("qkv", "out", "mlp_in", "mlp_out")
 """The parts of a block that have products: three projections, the last one, and the MLP's two."""
 
-_NORMS: Mapping[str, Callable[..., nnx.Module]] = {
-    "layer": LayerNorm,
-    "batch": BatchNorm,
-    "centered_batch": functools.partial(BatchNorm, center_features=True),
-}
+_NORMS: Mapping[str, Callable[..., nnx.Module]] = {"layer": LayerNorm, **BATCH_NORMS}
 
 
 class NormalizedProjection(nnx.Module):

@@ -1,5 +1,6 @@
 """VGG-small, the CIFAR network of the binary-network literature and of AdderNet."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax import Array
 
 from jadder.models.family import Family, end_family, get_family
 from jadder.models.images import check_images, flatten, image_shape, max_pool
-from jadder.models.normalization import BatchNorm
+from jadder.models.normalization import BatchNormName, get_batch_norm
 
 
 class VGGSmall(nnx.Module):
@@ -27,12 +28,14 @@ class VGGSmall(nnx.Module):
       widths: features of the three stages.
       family: of the products.
       multiply_ends: whether the first and last product multiply whatever the family, as published.
+      norm: after each product of the family: 'batch' as published, or 'centered_batch', which takes
+        each position's mean over the features away before (``BatchNorm``'s ``center_features``).
       dtype: of the computation; None: that of the parameters and images, promoted.
       param_dtype: of the parameters.
       rngs: source of the initial parameters.
 
     Raises:
-      ValueError: an unknown family, or images too small to be pooled three times.
+      ValueError: an unknown family or norm, or images too small to be pooled three times.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,6 +54,7 @@ class VGGSmall(nnx.Module):
         widths: tuple[int, int, int] = (128, 256, 512),
         family: str | Family = "adder",
         multiply_ends: bool = True,
+        norm: BatchNormName = "batch",
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -64,14 +68,18 @@ class VGGSmall(nnx.Module):
         layers = get_family(family)
         ends = end_family(layers, multiply_ends=multiply_ends)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        normalize = functools.partial(get_batch_norm(norm), **types)
+        normalize_end = functools.partial(
+            get_batch_norm("batch" if multiply_ends else norm), **types
+        )
         features = [stage_width for stage_width in widths for _ in range(2)]
         convs = [ends.conv(channels, features[0], (3, 3), padding=1, **types)]
         for n_in, n_out in itertools.pairwise(features):
             convs.append(layers.conv(n_in, n_out, (3, 3), padding=1, **types))
         self.conv = nnx.List(convs)
-        self.bn = nnx.List([BatchNorm(n, **types) for n in features])
+        self.bn = nnx.List([normalize_end(features[0]), *map(normalize, features[1:])])
         self.fc = ends.linear(height * width * features[-1], num_classes, **types)
-        self.fc_bn = BatchNorm(num_classes, **types)
+        self.fc_bn = normalize_end(num_classes)
 
     def __call__(self, images: Array) -> Array:
         """Logits (batch, num_classes) of images (batch, height, width, channels).

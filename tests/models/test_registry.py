@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from jadder import models
+from jadder.nn import AdderKernel
 
 
 def test_names_are_those_of_the_registry():
@@ -39,3 +40,19 @@ def test_unknown_names():
         models.create("lenet5", family="shift", rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="depth"):
         models.create("lenet5", depth=3, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("multiply_ends", [True, False])
+@pytest.mark.parametrize("name", ["lenet5", "vgg_small", "resnet20", "resnet50", "swin", "vit"])
+def test_centered_norms_follow_the_adders(name, multiply_ends):
+    options = {"norm": "centered_batch", "multiply_ends": multiply_ends}
+    model = nnx.eval_shape(lambda: models.create(name, rngs=nnx.Rngs(0), **options))
+    norms = [norm for _, norm in nnx.iter_graph(model) if isinstance(norm, models.BatchNorm)]
+    adders = nnx.to_flat_state(nnx.state(model, AdderKernel))
+    assert sum(norm.center_features for norm in norms) == len(adders) > 0
+
+
+@pytest.mark.parametrize("name", ["lenet5", "vgg_small", "resnet20", "swin", "vit"])
+def test_unknown_norms(name):
+    with pytest.raises(ValueError, match=r"norm must be .*'centered_batch'.*, got 'group'"):
+        models.create(name, norm="group", rngs=nnx.Rngs(0))
