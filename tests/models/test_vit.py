@@ -304,7 +304,7 @@ def test_every_layer_takes_the_dtypes(layers, norm):
         ({"family_parts": "qkv,ffn"}, "qkv, out, mlp_in, mlp_out, mlp, all, none; got 'ffn'"),
         ({"kernel_std": 0.0}, "kernel_std must be a positive number, got 0.0"),
         ({"kernel_std": math.nan}, "kernel_std must be a positive number, got nan"),
-        ({"norm": "group"}, "'layer', 'batch', 'centered_batch', got 'group'"),
+        ({"norm": "group"}, "'layer', 'batch', 'centered_batch' or 'none', got 'group'"),
         ({"scores": "cosine"}, "'dot' or 'adder', got 'cosine'"),
         ({"family": "shift"}, "unknown family 'shift'"),
     ],
