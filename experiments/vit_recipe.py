@@ -1,6 +1,7 @@
 """What makes adder transformers train: one change at a time from a common recipe."""
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.common.drawing import new_figure, save
+from experiments.common.errors import UserError
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Picture
 from experiments.studies.study import (
@@ -18,6 +20,7 @@ from experiments.studies.study import (
     accuracy_table,
     by_label,
     changed,
+    folder_name,
     train,
     with_seeds,
 )
@@ -32,11 +35,12 @@ the last 5,000 training images, which no run trains on. Every run takes all seed
 The multiplying twins stand beside it: without norms, and with the norms of the adder network.
 """
 _BASE = ("norm=batch",)
+_TWIN = "multiplying twin, batch norm"
 CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "recipe": {},
         "multiplying twin": {"family": ("conv",), "model_options": ()},
-        "multiplying twin, batch norm": {"family": ("conv",)},
+        _TWIN: {"family": ("conv",)},
         "rate 2e-3": {"learning_rate": 2e-3},
         "multiplying twin, batch norm, rate 2e-3": {"family": ("conv",), "learning_rate": 2e-3},
         "batch 128": {"batch_size": 128},
@@ -61,6 +65,10 @@ CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "adder scores": {"model_options": (*_BASE, "scores=adder")},
         "adders in qkv and MLP only": {"model_options": (*_BASE, "family_parts=qkv,mlp")},
         "SGD with adaptive scaling": {"optimizer": "sgd", "learning_rate": 0.1},
+        "rule from wide to sharp": {"anneal": "rule"},
+        "distance from L2 to L1": {"anneal": "distance"},
+        "learning from the twin": {"teacher": _TWIN},
+        "twin learning from the twin": {"family": ("conv",), "teacher": _TWIN},
     }
 )
 TRAINING = TrainingOptions(
@@ -88,9 +96,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, place: Place) -> Outcome:
     config = TRAINING.config(options)
     names = options.changes or (tuple(CHANGES)[:1] if options.smoke else tuple(CHANGES))
+    check_teachers(names)
     extra = _TINY if options.smoke else ()
-    plans = {name: changed(config, CHANGES[name], extra) for name in names}
-    runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)
+    # In the order of CHANGES, which has teachers before those who learn from them.
+    plans = {name: changed(config, CHANGES[name], extra) for name in CHANGES if name in names}
+    seeded = with_seeds(plans, TRAINING.chosen_seeds(options))
+    runs = train({label: find_teacher(plan, place) for label, plan in seeded.items()}, place)
     save(picture(runs), place.folder / "ablations.png")
     title = f"AdderViT on {config.dataset}: one change at a time"
     return Outcome(
@@ -99,6 +110,22 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
         pictures=[Picture("ablations.png", "Each change beside the recipe; a dot for each seed")],
         data={"runs": [one.summary() for one in runs]},
     )
+
+
+def check_teachers(names: Sequence[str]) -> None:
+    """Raises UserError where a change learns from one that is not trained beside it."""
+    for name in names:
+        teacher = CHANGES[name].get("teacher", name)
+        if teacher not in names:
+            raise UserError(f"--changes {name!r} needs {teacher!r} beside it, to learn from")
+
+
+def find_teacher(plan: TrainConfig, place: Place) -> TrainConfig:
+    """A plan whose teacher is a change has that change's run of its own seed instead."""
+    if plan.teacher is None:
+        return plan
+    folder = place.folder / folder_name(f"{plan.teacher} s{plan.seed}")
+    return dataclasses.replace(plan, teacher=str(folder))
 
 
 def picture(runs: Sequence[Trained]) -> Figure:

@@ -112,9 +112,11 @@ def train(
                 image_memory=config.image_memory,
             )  # fmt: skip
         dataset = datasets[source]
-        name = re.sub(r"[^\w.+-]+", "-", label).strip("-")
         config = dataclasses.replace(
-            config, model=choose_model(config.model, dataset), out_dir=str(place.folder), name=name
+            config,
+            model=choose_model(config.model, dataset),
+            out_dir=str(place.folder),
+            name=folder_name(label),
         )
         run = Run(config, config.family[0], dataset, place.command, wrap)
         result = _train_one(run, place)
@@ -128,6 +130,16 @@ def train(
             # The programs of a run are of no use to the next one, and large.
             jax.clear_caches()
     return done
+
+
+def folder_name(label: str) -> str:
+    """The name of the folder of the run with that label.
+
+    Example:
+        >>> folder_name("rate 2e-3, batch norm s0")
+        'rate-2e-3-batch-norm-s0'
+    """
+    return re.sub(r"[^\w.+-]+", "-", label).strip("-")
 
 
 def _train_one(run: Run, place: Place) -> Result | None:

@@ -22,6 +22,10 @@ LATER: Fingerprint = {
     "validation": 0,
     "adaptive_scaling": "auto",
     "adder_rate": 10.0,
+    "anneal": "none",
+    "teacher": None,
+    "distill_weight": 0.5,
+    "distill_temperature": 2.0,
 }
 """What earlier versions, whose fingerprints do not say so, did."""
 

@@ -18,11 +18,12 @@ IMPLEMENTATIONS = ("xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "refere
 DTYPES = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("standard", "randaugment", "none")
 SCALINGS = ("auto", "on", "off")
+ANNEALINGS = ("none", "rule", "distance")
 
 # Options that say where a run lies, where it is computed and how it is watched. A run can be
 # resumed with other values of these, of no others.
-PLACES = ("family", "data_dir", "image_memory", "out_dir", "name", "resume", "checkpoint_every",
-          "devices", "distributed", "coordinator_address", "num_processes",
+PLACES = ("family", "teacher", "data_dir", "image_memory", "out_dir", "name", "resume",
+          "checkpoint_every", "devices", "distributed", "coordinator_address", "num_processes",
           "process_id")  # fmt: skip
 
 
@@ -153,6 +154,30 @@ class TrainConfig:
         "adamw: how many times the learning rate adder kernels take",
         metavar="FACTOR",
     )
+    anneal: str = _option(
+        "none",
+        "training",
+        "change adder products in four stages of equal length: 'rule' begins with an eighth of the "
+        "slope of the rule of inputs, 'distance' with (x - w)^2 / 2 in place of |x - w|",
+        choices=ANNEALINGS,
+    )
+    teacher: str | None = _option(
+        None,
+        "training",
+        "learn from the logits of the network of this finished run too, of the same images",
+        metavar="FOLDER",
+    )
+    distill_weight: float = _option(
+        0.5,
+        "training",
+        "with --teacher: weight of the distance to its logits, between 0 and 1; labels have the "
+        "rest",
+        metavar="WEIGHT",
+    )
+    distill_temperature: float = _option(
+        2.0, "training", "with --teacher: what all logits are divided by before they are compared",
+        metavar="T",
+    )  # fmt: skip
     seed: int = _option(0, "training", "two runs with one seed give the same numbers")
 
     devices: int | None = _option(
@@ -184,7 +209,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in ("epochs", "batch_size", "image_size", "limit_train", "learning_rate", "eta",
-                      "adder_rate", "checkpoint_every", "devices", "num_processes"):  # fmt: skip
+                      "adder_rate", "distill_temperature", "checkpoint_every", "devices",
+                      "num_processes"):  # fmt: skip
             self._check_number(field, positive=True)
         for field in (
             "validation",
@@ -192,12 +218,15 @@ class TrainConfig:
             "weight_decay",
             "warmup_epochs",
             "momentum",
+            "distill_weight",
             "seed",
             "process_id",
         ):
             self._check_number(field, positive=False)
         if self.momentum >= 1:
             raise UserError(f"--momentum must be below 1, got {self.momentum}")
+        if self.distill_weight > 1:
+            raise UserError(f"--distill-weight must be at most 1, got {self.distill_weight}")
         if self.seed >= 2**32:
             raise UserError(f"--seed must be below 2**32, got {self.seed}")
         address, count, index = self.coordinator_address, self.num_processes, self.process_id

@@ -19,13 +19,14 @@ from experiments.common.files import read_json, write_json
 from experiments.common.interrupt import Interrupted, StopRequest
 from experiments.images.dataset import Dataset, Images, Labels
 from experiments.images.streamed import StreamedImages
-from experiments.training import build, devices, optimizer, steps
+from experiments.training import annealing, build, devices, optimizer, steps
 from experiments.training.checkpoint import Checkpoints, check_fingerprint, checksum, describe
 from experiments.training.config import TrainConfig
 from experiments.training.curves import draw
 from experiments.training.metrics import MetricsFile, Row
 from experiments.training.processes import Votes, is_first, make_shared
 from experiments.training.progress import Progress
+from experiments.training.teacher import load_teacher
 from jadder.nn import adder_mask
 
 Result = dict[str, Any]
@@ -117,18 +118,26 @@ class Run:
         tx = tx if wrap is None else wrap(tx, self.total_steps)
         self.graphdef, state = steps.initial_state(model, tx, self.dtype)
         self.state = self.devices.replicate(state)
-        self.train_step = steps.make_train_step(
-            self.graphdef, tx, dataset, self.devices,
-            dtype=self.dtype, seed=config.seed, augment=config.augment,
-        )  # fmt: skip
-        self.eval_step = steps.make_eval_step(
-            self.graphdef, dataset, self.devices, dtype=self.dtype
-        )
+        teacher = load_teacher(config, dataset)
+        self.known = () if teacher is None else (self.devices.replicate(teacher.state),)
+        graphdefs = annealing.stages(model, config.anneal)
+        self.train_steps = [
+            steps.make_train_step(
+                graphdef, tx, dataset, self.devices,
+                dtype=self.dtype, seed=config.seed, augment=config.augment, teacher=teacher,
+            )
+            for graphdef in graphdefs
+        ]  # fmt: skip
+        self.eval_steps = [
+            steps.make_eval_step(graphdef, dataset, self.devices, dtype=self.dtype)
+            for graphdef in graphdefs
+        ]
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state["params"]))
         self.fingerprint = {
             "family": family,
             **config.science(),
             **vars(self.recipe),
+            "teacher": None if teacher is None else checksum(teacher.state[0]),
             "data": dataset.fingerprint(),
             "parameters": describe(self.state["params"]),
         }
@@ -194,7 +203,8 @@ class Run:
                 first = step
                 while step < (epoch + 1) * self.steps_per_epoch:
                     batch = self._batch(order, step - epoch * self.steps_per_epoch)
-                    self.state, sums = self.train_step(self.state, *batch)
+                    train_step = self.train_steps[self.stage(step)]
+                    self.state, sums = train_step(self.state, *batch, *self.known)
                     step += 1
                     if clock.fetch_due():
                         loss, accuracy = means(sums)
@@ -221,6 +231,10 @@ class Run:
     def images_per_epoch(self) -> int:
         return self.steps_per_epoch * self.config.batch_size
 
+    def stage(self, step: int) -> int:
+        """Which of the stages of annealing a step (from 0) belongs to; the only one without."""
+        return annealing.stage_of(step, self.total_steps, len(self.train_steps))
+
     def _batch(self, order: Order, number: int) -> tuple[jax.Array, jax.Array]:
         """The images and labels of one step of an epoch."""
         index = order[number * self.config.batch_size :][: self.config.batch_size]
@@ -239,12 +253,13 @@ class Run:
     ) -> tuple[float, float]:
         """Mean loss and accuracy of the present state on images, with running statistics."""
         rows, sums = self.devices.rows, self._zero_sums()
+        eval_step = self.eval_steps[self.stage(max(0, int(self.state["step"]) - 1))]
         for start in range(0, len(images), self.config.batch_size):
             # The last batch is filled up with an image that does not count.
             place = start + np.arange(self.config.batch_size)
             index, counts = np.minimum(place, len(images) - 1), place < len(images)
             batch = rows(images, index), rows(labels, index), rows(counts, place - start)
-            sums = self.eval_step(self.state["params"], self.state["model"], *batch, sums)
+            sums = eval_step(self.state["params"], self.state["model"], *batch, sums)
             after_batch()
         return means(sums)
 

@@ -17,6 +17,7 @@ from experiments.images.augment import normalize, random_crop, random_flip
 from experiments.images.dataset import Dataset
 from experiments.images.randaugment import random_augment
 from experiments.training.devices import Devices
+from experiments.training.distillation import Teacher
 
 State = dict[str, Any]
 """A run's whole state, a tree of arrays:
@@ -73,6 +74,7 @@ def make_train_step(
     dtype: DTypeLike,
     seed: int,
     augment: str,
+    teacher: Teacher | None = None,
 ) -> Callable[..., tuple[State, Any]]:
     """The jitted step (state, x, y) -> (state, sums).
 
@@ -81,18 +83,20 @@ def make_train_step(
     interrupted goes on with the same numbers, on any devices. The state's buffers are donated.
     `augment` is one of `config.AUGMENTATIONS`.
     `dtype` is that of the images that the model takes, and of the loss.
+    With a `teacher`, which sees the same images, the step is (state, x, y, teacher's state).
     """
     mean, std = (jnp.asarray(m, dtype) for m in (dataset.mean, dataset.std))
 
-    def loss_fn(params: Any, rest: Any, x: jax.Array, labels: jax.Array) -> Any:
+    def loss_fn(params: Any, rest: Any, x: jax.Array, labels: jax.Array, soft: Any) -> Any:
         model = nnx.merge(graphdef, params, rest)
         model.train()
         logits = model(x).astype(dtype)
         _, _, rest = split(model)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        loss = loss if teacher is None else teacher.mix(loss, logits, soft)
         return loss, (logits, rest)
 
-    def step(state: State, x: jax.Array, y: jax.Array) -> tuple[State, Any]:
+    def step(state: State, x: jax.Array, y: jax.Array, known: Any = None) -> tuple[State, Any]:
         if augment != "none":
             key = jax.random.fold_in(jax.random.key(seed), state["step"])
             if augment == "randaugment":
@@ -101,8 +105,9 @@ def make_train_step(
             x = random_crop(crop_key, x, dataset.crop_padding)
             x = random_flip(flip_key, x) if dataset.flip else x
         x = normalize(x, mean, std)
+        soft = None if teacher is None else teacher.logits(known, x)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, (logits, rest)), grads = grad_fn(state["params"], state["model"], x, y)
+        (_, (logits, rest)), grads = grad_fn(state["params"], state["model"], x, y, soft)
         updates, optimizer = tx.update(grads, state["optimizer"], state["params"])
         sums = _add(state["sums"], logits, y, jnp.ones(len(y), bool))
         state = {
@@ -117,7 +122,8 @@ def make_train_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(devices.replicated, devices.sharded, devices.sharded),
+        in_shardings=(devices.replicated, devices.sharded, devices.sharded)
+        + (() if teacher is None else (devices.replicated,)),
         out_shardings=devices.replicated,
     )
 

@@ -147,7 +147,7 @@ def test_a_step_gathers_nothing(implementation: str, dataset: Dataset, tmp_path:
         pytest.skip(found.about)
     run = start(tmp_path, dataset, implementation=implementation)
     batch = run._batch(np.arange(8, dtype=np.int32), 0)
-    program = run.train_step.lower(run.state, *batch).compile().as_text()
+    program = run.train_steps[0].lower(run.state, *batch).compile().as_text()
     names = "all-reduce|all-gather|all-to-all|reduce-scatter|ragged-all-to-all|collective-[a-z]+"
     assert set(re.findall(rf" ({names})(?:-start)?\(", program)) == {"all-reduce"}
 
@@ -183,7 +183,7 @@ def test_bfloat16_keeps_its_state_in_float32(
     whole: Whole, dataset: Dataset, tmp_path: Path
 ) -> None:
     run = start(tmp_path, dataset, dtype="bfloat16", devices=1)
-    program = run.train_step.lower(run.state, *run._batch(np.arange(8, dtype=np.int32), 0))
+    program = run.train_steps[0].lower(run.state, *run._batch(np.arange(8, dtype=np.int32), 0))
     assert "bf16" in program.as_text()
     result = run.train(StopAfter())
     assert result["run"]["dtype"] == "bfloat16"

@@ -100,7 +100,7 @@ def test_result_and_files(whole: Run) -> None:
 def test_augmentations_are_different_and_repeatable(dataset: Dataset, tmp_path: Path) -> None:
     def after_one_step(name: str, augment: str) -> str:
         run = start(tmp_path / name, dataset, augment=augment)
-        state, _ = run.train_step(run.state, *run._batch(np.arange(16, dtype=np.int32), 0))
+        state, _ = run.train_steps[0](run.state, *run._batch(np.arange(16, dtype=np.int32), 0))
         return checksum(state["params"])
 
     ends = {augment: after_one_step(augment, augment) for augment in AUGMENTATIONS}

@@ -1,0 +1,154 @@
+"""training.annealing: products that change in stages, against formulas in NumPy."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import jadder
+import jadder.models
+from experiments.common.errors import UserError
+from experiments.common.interrupt import Interrupted
+from experiments.images.dataset import Dataset
+from experiments.images.load import load
+from experiments.training import annealing
+from experiments.training.annealing import L1_SHARES, RULE_FACTORS, MixedProduct, stage_of, stages
+from experiments.training.config import ANNEALINGS, TrainConfig
+from experiments.training.run import Run
+from jadder.nn import AdderConvGeneralDilated, AdderDotGeneral
+from tests.experiments.stop import StopAfter
+
+CONFIG = TrainConfig(
+    model="vit", family=("adder",), image_size=8, epochs=1, batch_size=16, limit_train=64,
+    model_options=("features=8", "depth=1", "num_heads=2", "mlp_features=8", "norm=layer"),
+    checkpoint_every=1e9, devices=1, augment="none",
+)  # fmt: skip
+CONTRACT = (((1,), (0,)), ((), ()))
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return load("digits", image_size=8, limit_train=CONFIG.limit_train)
+
+
+def vit(**options: Any) -> nnx.Module:
+    return jadder.models.create(
+        "vit", image_size=8, features=8, depth=1, num_heads=2, rngs=nnx.Rngs(0), **options
+    )
+
+
+def products(graphdef: nnx.GraphDef[Any], model: nnx.Module) -> list[Any]:
+    _, state = nnx.split(model)
+    return [product for _, _, product in annealing._products(nnx.merge(graphdef, state))]
+
+
+@given(st.integers(1, 50), st.integers(1, 6))
+def test_stages_are_in_order_and_of_equal_length(total: int, count: int) -> None:
+    found = [stage_of(step, total, count) for step in range(total)]
+    assert found == sorted(found)
+    lengths = np.bincount(found, minlength=count)
+    assert len(lengths) == count
+    assert lengths.max() - lengths.min() <= 1
+
+
+def test_slopes_double_until_they_are_the_rules_own() -> None:
+    model = vit(scores="adder")
+    before = nnx.graphdef(model)
+    graphdefs = stages(model, "rule")
+    assert nnx.graphdef(model) == graphdefs[-1] == before
+    for graphdef, slope in zip(graphdefs, (0.5, 1.0, 2.0, 4.0), strict=True):
+        found = products(graphdef, model)
+        assert len(found) == 7  # query, key, value, scores, out and the MLP's two
+        assert {product.rule.x for product in found} == {(slope, 1.0)}
+        # Kernels keep their rule; scores have no kernel.
+        assert {product.rule.kernel for product in found} == {(1.0, np.inf), (slope, 1.0)}
+
+
+def test_without_annealing_there_is_one_stage() -> None:
+    model = vit()
+    assert stages(model, "none") == [nnx.graphdef(model)]
+
+
+@settings(deadline=None)
+@given(st.sampled_from(L1_SHARES[:-1]), st.integers(0, 2**32 - 1))
+def test_mixed_product_and_its_gradients(share: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, w, g = (rng.normal(size=shape) for shape in ((3, 5), (5, 2), (3, 2)))
+    product = MixedProduct(AdderDotGeneral(jadder.ADDER_VIT), share)
+    y, backward = jax.vjp(lambda x, w: product(x, w, CONTRACT), x, w)
+    d = x[:, :, None] - w
+    expected = -(share * np.abs(d) + (1 - share) * d**2 / 2).sum(1)
+    dx = (g[:, None] * (share * np.clip(-4 * d, -1, 1) + (1 - share) * -d)).sum(2)
+    dw = (g[:, None] * d).sum(0)  # full precision, whatever the share
+    for ours, theirs in zip((y, *backward(np.asarray(g))), (expected, dx, dw), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_mixed_convolution() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 5, 5, 3)), rng.normal(size=(3, 3, 3, 4))
+    product = MixedProduct(AdderConvGeneralDilated(), 0.25)
+    numbers = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    y = product(x, w, (1, 1), "VALID", dimension_numbers=numbers)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2)).transpose(
+        0, 1, 2, 4, 5, 3
+    )
+    d = windows[..., None] - w
+    expected = -(0.25 * np.abs(d) + 0.375 * d**2).sum((3, 4, 5))
+    np.testing.assert_allclose(y, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("anneal", ["rule", "distance"])
+def test_a_network_that_multiplies_cannot_be_annealed(anneal: str) -> None:
+    with pytest.raises(UserError, match=f"--anneal {anneal}: the network has no adder products"):
+        stages(vit(family="conv"), anneal)
+
+
+def test_the_sign_has_no_slope() -> None:
+    family = dataclasses.replace(jadder.models.get_family("adder"), rule=jadder.SIGN)
+    with pytest.raises(UserError, match="needs a rule with a slope"):
+        stages(vit(family=family), "rule")
+
+
+def test_both_ends_of_annealing() -> None:
+    assert RULE_FACTORS[-1] == L1_SHARES[-1] == 1
+    assert len(RULE_FACTORS) == len(L1_SHARES) == 4
+    assert set(ANNEALINGS) == {"none", "rule", "distance"}
+
+
+def start(folder: Path, dataset: Dataset, **changes: Any) -> Run:
+    config = dataclasses.replace(CONFIG, out_dir=str(folder), **changes)
+    return Run(config, "adder", dataset, "the command")
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_annealed_run_goes_on_within_a_stage(dataset: Dataset, tmp_path: Path) -> None:
+    # Four steps, one to a stage.
+    whole = start(tmp_path / "whole", dataset, anneal="distance").train(StopAfter())
+    with pytest.raises(Interrupted, match="after 2 of 4 steps"):
+        start(tmp_path, dataset, anneal="distance").train(StopAfter(2))
+    rest = start(tmp_path, dataset, anneal="distance", resume=True).train(StopAfter())
+    assert rest["parameters_sha256"] == whole["parameters_sha256"]
+    assert whole["run"]["anneal"] == "distance"
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_network_is_evaluated_with_the_products_of_its_stage(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    run = start(tmp_path, dataset, anneal="distance")
+    images, labels = dataset.test_images[:32], dataset.test_labels[:32]
+    losses = []
+    for step in (1, 2, 4):
+        run.state["step"] = run.devices.replicate(np.int32(step))
+        losses.append(run.evaluate(images, labels)[0])
+    assert len(set(losses)) == 3
+    plain = start(tmp_path / "plain", dataset)
+    assert losses[-1] == plain.evaluate(images, labels)[0]
