@@ -15,6 +15,7 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+settings.register_profile("short", settings.get_profile("jadder"), max_examples=5)
 settings.load_profile("jadder")
 
 

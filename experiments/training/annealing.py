@@ -21,13 +21,13 @@ from jadder.rules import Clip, GradientRule
 Product = AdderDotGeneral | AdderConvGeneralDilated
 
 RULE_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
-"""Of the slope of ψ_x: HT(4d) begins as HT(d/2), which passes on sizes where it clips later."""
+"""Of the slope of ψ_x: HT(4d) begins as HT(d/2), which is linear where the rule clips later."""
 
 L1_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
 """Of Σ|x - w| in the distance; the rest is Σ(x - w)²/2, whose gradient is the full-precision one.
 
-The published way from L2 to L1 lowers the exponent of |x - w| from 2 to 1 (Xu et al., AdderNet and
-its minimalist hardware design, 2021). A mean of the two needs no powers.
+The published way lowers the exponent p of |x - w|^p from 2 to 1 (Chen et al., Universal Adder Neural
+Networks, 2021, arXiv:2105.14202). A mean of both ends of it needs no powers.
 """
 
 

@@ -128,7 +128,7 @@ def _no_late_complaints() -> Iterator[None]:
 
 def check_fingerprint(saved: Fingerprint, current: Fingerprint, where: Path) -> None:
     """Raises UserError, naming the first difference, unless both are the same run's."""
-    saved = LATER | saved
+    saved, current = LATER | saved, LATER | current
     for key in {**current, **saved}:
         old, new = saved.get(key), current.get(key)
         if old != new:
