@@ -26,8 +26,8 @@ RULE_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 L1_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
 """Of Σ|x - w| in the distance; the rest is Σ(x - w)²/2, whose gradient is the full-precision one.
 
-The published way lowers the exponent p of |x - w|^p from 2 to 1 (Chen et al., Universal Adder Neural
-Networks, 2021, arXiv:2105.14202). A mean of both ends of it needs no powers.
+The published way lowers the exponent p of |x - w|^p from 2 to 1 (Chen et al., Universal Adder
+Neural Networks, 2021, arXiv:2105.14202). A mean of both ends of it needs no powers.
 """
 
 
