@@ -38,8 +38,9 @@ Variants, their networks as `jadder.models.vit` reads them:
   final          F * ((E * x) adder W) + b with HT(4d), layer norm after each product
   final_batch    the same with batch norm, a rate 30 times as high for adder kernels and no weight
                  decay on them: jadder's recipe
+  final_annealed the same, and in four stages from Euclid distances to adders
 
-Theirs, but for the last one, give adder kernels the rate of the others after adaptive scaling,
+Theirs, but for the last two, give adder kernels the rate of the others after adaptive scaling,
 which AdamW cancels. Weight decay 2e-3 as theirs, which here is never on adder kernels.
 """
 _PARTS = "family_parts=qkv,mlp"
@@ -59,6 +60,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "wopout": {"model_options": (*_FINAL, "project_out=False"), **_THEIRS},
         "final": {"model_options": _FINAL, **_THEIRS},
         "final_batch": {"model_options": (_PARTS, "norm=batch")},
+        "final_annealed": {"model_options": (_PARTS, "norm=batch"), "anneal": "distance"},
     }
 )
 TRAINING = TrainingOptions(

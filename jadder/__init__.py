@@ -5,7 +5,8 @@ the layers, `jadder.optim` the optimizers and `jadder.models` whole networks. Th
 those that most programs need.
 """
 
-from jadder import models, nn, ops, optim, rules
+from jadder import annealing, models, nn, ops, optim, rules
+from jadder.annealing import set_l1_share
 from jadder.implementations import implementations
 from jadder.nn import (
     AdderAttention,
@@ -29,6 +30,7 @@ from jadder.ops import (
     euclid_conv,
     euclid_conv_general_dilated,
     euclid_dot_general,
+    euclid_einsum,
     euclid_matmul,
 )
 from jadder.optim import adder_adamw, adder_sgd, scale_by_adder
@@ -59,9 +61,11 @@ __all__ = [
     "adder_matmul",
     "adder_sgd",
     "adderize",
+    "annealing",
     "euclid_conv",
     "euclid_conv_general_dilated",
     "euclid_dot_general",
+    "euclid_einsum",
     "euclid_matmul",
     "implementations",
     "models",
@@ -70,4 +74,5 @@ __all__ = [
     "optim",
     "rules",
     "scale_by_adder",
+    "set_l1_share",
 ]

@@ -1,9 +1,9 @@
 """The adder product ``-Σ|x - w|`` and the Euclid product ``-Σ(x - w)²``.
 
-Each comes in four forms: with the arguments of ``lax.dot_general`` and of
-``lax.conv_general_dilated``, so that Flax's layers accept it in their place, and as a short matmul
-and convolution. The left operand is the input and the right one the kernel, which matters to the
-adder product's gradients (see `jadder.rules`).
+Each comes in five forms: with the arguments of ``lax.dot_general``, of
+``lax.conv_general_dilated`` and of an einsum, so that Flax's layers accept it in their place, and
+as a short matmul and convolution. The left operand is the input and the right one the kernel, which
+matters to the adder product's gradients (see `jadder.rules`).
 
 All forms take float16, bfloat16, float32 and, where enabled, float64, accumulate in at least
 float32, and work under ``jit``, ``grad``, ``vmap``, ``remat``, ``scan`` and ``shard_map``. The
@@ -285,7 +285,7 @@ def adder_einsum(
       (2, 5, 4, 6)
     """
     x, kernel = _promote(x, kernel)
-    dimension_numbers, order = _parse_einsum(subscripts, x, kernel)
+    dimension_numbers, order = _parse_einsum("adder_einsum", subscripts, x, kernel)
     y = adder_dot_general(
         x,
         kernel,
@@ -366,6 +366,30 @@ def euclid_conv_general_dilated(
         "euclid_conv_general_dilated", lhs, conv.spec, precision, preferred_element_type
     )
     return _reshard(conv.apply(euclid, lhs, rhs), out_sharding)
+
+
+def euclid_einsum(
+    subscripts: str,
+    x: ArrayLike,
+    kernel: ArrayLike,
+    *,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: OutSharding = None,
+) -> Array:
+    """``jnp.einsum`` of two operands with each product a·b replaced by -(a - b)²; exact gradients.
+
+    Subscripts, operands, result and errors are those of `adder_einsum`, floating-point only.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> euclid_einsum("...a,hab->...hb", jnp.ones((2, 5, 3)), jnp.ones((4, 3, 6))).shape
+      (2, 5, 4, 6)
+    """
+    x, kernel = _promote(x, kernel)
+    dimension_numbers, order = _parse_einsum("euclid_einsum", subscripts, x, kernel)
+    y = euclid_dot_general(x, kernel, dimension_numbers, precision, preferred_element_type)
+    return _reshard(jnp.transpose(y, order), out_sharding)
 
 
 def euclid_matmul(
@@ -705,10 +729,10 @@ def _matmul_dimension_numbers(name: str, x: Array, kernel: Array) -> DotDimensio
 
 
 def _parse_einsum(
-    subscripts: str, x: Array, kernel: Array
+    name: str, subscripts: str, x: Array, kernel: Array
 ) -> tuple[DotDimensionNumbers, list[int]]:
     """The dot_general that an einsum is, and the order to put its result's dimensions in."""
-    given = f"adder_einsum({subscripts!r}, x {list(x.shape)}, kernel {list(kernel.shape)})"
+    given = f"{name}({subscripts!r}, x {list(x.shape)}, kernel {list(kernel.shape)})"
     parts = subscripts.replace(" ", "").replace(",", "->").split("->")
     if len(parts) != 3:
         raise ValueError(f"{given}: subscripts must have the form 'x,kernel->result'")

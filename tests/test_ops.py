@@ -206,10 +206,15 @@ def test_einsum_is_flax_s_einsum_with_another_product(subscripts):
     out = subscripts.split("->")[1].replace("...", "Z")
     kept = "".join(c for c in letters if c in out)
     summed = tuple(i for i, c in enumerate(letters) if c not in out)
-    distances = -np.abs(spread[0] - spread[1]).sum(summed)
-    with jax.enable_x64(True):
-        y = ops.adder_einsum(subscripts, x, w)
-    np.testing.assert_allclose(y, np.einsum(f"{kept}->{out}", distances), rtol=1e-12)
+    difference = spread[0] - spread[1]
+    for einsum, terms in (
+        (ops.adder_einsum, np.abs(difference)),
+        (ops.euclid_einsum, difference**2),
+    ):
+        with jax.enable_x64(True):
+            y = einsum(subscripts, x, w)
+        expected = np.einsum(f"{kept}->{out}", -terms.sum(summed))
+        np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +228,11 @@ def test_einsum_is_flax_s_einsum_with_another_product(subscripts):
         ("ab,bc->ac", (2, 3), (5, 4), r"\[2, 3\].*\[5, 4\]"),
     ],
 )
-def test_einsum_refuses_what_has_no_adder_form(subscripts, x, w, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        ops.adder_einsum(subscripts, jnp.ones(x), jnp.ones(w))
+@pytest.mark.parametrize("einsum", [ops.adder_einsum, ops.euclid_einsum])
+def test_einsum_refuses_what_has_no_adder_form(einsum, subscripts, x, w, message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        einsum(subscripts, jnp.ones(x), jnp.ones(w))
+    assert str(caught.value).startswith(einsum.__name__.removesuffix("einsum"))
 
 
 X, W = jnp.ones((2, 3)), jnp.ones((3, 4))

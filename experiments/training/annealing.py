@@ -5,17 +5,15 @@ so that what is evaluated in the end is what would be without annealing.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jax import Array
 
 from experiments.common.errors import UserError
+from jadder import set_l1_share
 from jadder.nn import AdderConvGeneralDilated, AdderDotGeneral, AdderKernel
-from jadder.ops import euclid_conv_general_dilated, euclid_dot_general
 from jadder.rules import Clip, GradientRule
 
 Product = AdderDotGeneral | AdderConvGeneralDilated
@@ -24,29 +22,7 @@ RULE_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 """Of the slope of ψ_x: HT(4d) begins as HT(d/2), which is linear where the rule clips later."""
 
 L1_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
-"""Of Σ|x - w| in the distance; the rest is Σ(x - w)²/2, whose gradient is the full-precision one.
-
-The published way lowers the exponent p of |x - w|^p from 2 to 1 (Chen et al., Universal Adder
-Neural Networks, 2021, arXiv:2105.14202). A mean of both ends of it needs no powers.
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class MixedProduct:
-    """-Σ(share · |x - w| + (1 - share) · (x - w)²/2), in place of an adder product."""
-
-    adder: Product
-    share: float
-
-    def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-        convolves = isinstance(self.adder, AdderConvGeneralDilated)
-        euclid: Callable[..., Array] = (
-            euclid_conv_general_dilated if convolves else euclid_dot_general
-        )
-        halved = 0.5 * (1 - self.share) * euclid(lhs, rhs, *args, **kwargs)
-        if self.share == 0:
-            return halved
-        return halved + self.share * self.adder(lhs, rhs, *args, **kwargs)
+"""As of `jadder.set_l1_share`: the distance begins as Euclid's."""
 
 
 def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
@@ -63,13 +39,7 @@ def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
         return [nnx.graphdef(model)]
     if not jax.tree.leaves(nnx.state(model, AdderKernel)):
         raise UserError(f"--anneal {anneal}: the network has no adder products")
-    found = _products(model)
-    structures = []
-    for value in RULE_FACTORS if anneal == "rule" else L1_SHARES:
-        for module, name, product in found:
-            setattr(module, name, _changed(product, anneal, value))
-        structures.append(nnx.graphdef(model))
-    return structures
+    return _distances(model) if anneal == "distance" else _rules(model)
 
 
 def stage_of(step: int, total_steps: int, count: int) -> int:
@@ -82,7 +52,7 @@ def stage_of(step: int, total_steps: int, count: int) -> int:
     return min(step * count // total_steps, count - 1)
 
 
-def _products(model: nnx.Module) -> list[tuple[Any, str, Product]]:
+def products(model: nnx.Module) -> list[tuple[Any, str, Product]]:
     """Every adder product of a model: the module that has it, the attribute's name, itself."""
     return [
         (module, name, value)
@@ -92,12 +62,21 @@ def _products(model: nnx.Module) -> list[tuple[Any, str, Product]]:
     ]
 
 
-def _changed(product: Product, anneal: str, value: float) -> Product | MixedProduct:
-    if value == 1:
-        return product
-    if anneal == "distance":
-        return MixedProduct(product, value)
-    return _with_slope(product, value)
+def _distances(model: nnx.Module) -> list[nnx.GraphDef[Any]]:
+    structures = []
+    for share in L1_SHARES:
+        set_l1_share(model, share)
+        structures.append(nnx.graphdef(model))
+    return structures
+
+
+def _rules(model: nnx.Module) -> list[nnx.GraphDef[Any]]:
+    found, structures = products(model), []
+    for factor in RULE_FACTORS:
+        for module, name, product in found:
+            setattr(module, name, _with_slope(product, factor))
+        structures.append(nnx.graphdef(model))
+    return structures
 
 
 def _with_slope(product: Product, factor: float) -> Product:
@@ -107,7 +86,7 @@ def _with_slope(product: Product, factor: float) -> Product:
         UserError: ψ_x is the sign, which has none.
     """
     scale, bound = product.rule.x
-    if np.isinf(scale):
+    if math.isinf(scale):
         raise UserError("--anneal rule needs a rule with a slope, such as HT(4d), not the sign")
     wide = Clip(scale * factor, bound)
     # Of attention's scores no operand is a kernel: both have the rule of inputs.

@@ -1,16 +1,14 @@
-"""training.annealing: products that change in stages, against formulas in NumPy."""
+"""training.annealing: a run whose products change in stages."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from jax import lax
 
 import jadder
 import jadder.models
@@ -18,11 +16,9 @@ from experiments.common.errors import UserError
 from experiments.common.interrupt import Interrupted
 from experiments.images.dataset import Dataset
 from experiments.images.load import load
-from experiments.training import annealing
-from experiments.training.annealing import L1_SHARES, RULE_FACTORS, MixedProduct, stage_of, stages
+from experiments.training.annealing import L1_SHARES, RULE_FACTORS, products, stage_of, stages
 from experiments.training.config import ANNEALINGS, TrainConfig
 from experiments.training.run import Run
-from jadder.nn import AdderConvGeneralDilated, AdderDotGeneral
 from tests.experiments.stop import StopAfter
 
 CONFIG = TrainConfig(
@@ -30,7 +26,6 @@ CONFIG = TrainConfig(
     model_options=("features=8", "depth=1", "num_heads=2", "mlp_features=8", "norm=layer"),
     checkpoint_every=1e9, devices=1, augment="none",
 )  # fmt: skip
-CONTRACT = (((1,), (0,)), ((), ()))
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +39,9 @@ def vit(**options: Any) -> nnx.Module:
     )
 
 
-def products(graphdef: nnx.GraphDef[Any], model: nnx.Module) -> list[Any]:
+def products_of(graphdef: nnx.GraphDef[Any], model: nnx.Module) -> list[Any]:
     _, state = nnx.split(model)
-    return [product for _, _, product in annealing._products(nnx.merge(graphdef, state))]
+    return [product for _, _, product in products(nnx.merge(graphdef, state))]
 
 
 @given(st.integers(1, 50), st.integers(1, 6))
@@ -64,7 +59,7 @@ def test_slopes_double_until_they_are_the_rules_own() -> None:
     graphdefs = stages(model, "rule")
     assert nnx.graphdef(model) == graphdefs[-1] == before
     for graphdef, slope in zip(graphdefs, (0.5, 1.0, 2.0, 4.0), strict=True):
-        found = products(graphdef, model)
+        found = products_of(graphdef, model)
         assert len(found) == 7  # query, key, value, scores, out and the MLP's two
         assert {product.rule.x for product in found} == {(slope, 1.0)}
         # Kernels keep their rule; scores have no kernel.
@@ -74,35 +69,6 @@ def test_slopes_double_until_they_are_the_rules_own() -> None:
 def test_without_annealing_there_is_one_stage() -> None:
     model = vit()
     assert stages(model, "none") == [nnx.graphdef(model)]
-
-
-@settings(deadline=None)
-@given(st.sampled_from(L1_SHARES[:-1]), st.integers(0, 2**32 - 1))
-def test_mixed_product_and_its_gradients(share: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    x, w, g = (rng.normal(size=shape) for shape in ((3, 5), (5, 2), (3, 2)))
-    product = MixedProduct(AdderDotGeneral(jadder.ADDER_VIT), share)
-    y, backward = jax.vjp(lambda x, w: product(x, w, CONTRACT), x, w)
-    d = x[:, :, None] - w
-    expected = -(share * np.abs(d) + (1 - share) * d**2 / 2).sum(1)
-    dx = (g[:, None] * (share * np.clip(-4 * d, -1, 1) + (1 - share) * -d)).sum(2)
-    dw = (g[:, None] * d).sum(0)  # full precision, whatever the share
-    for ours, theirs in zip((y, *backward(np.asarray(g))), (expected, dx, dw), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
-
-
-def test_mixed_convolution() -> None:
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(2, 5, 5, 3)), rng.normal(size=(3, 3, 3, 4))
-    product = MixedProduct(AdderConvGeneralDilated(), 0.25)
-    numbers = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-    y = product(x, w, (1, 1), "VALID", dimension_numbers=numbers)
-    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2)).transpose(
-        0, 1, 2, 4, 5, 3
-    )
-    d = windows[..., None] - w
-    expected = -(0.25 * np.abs(d) + 0.375 * d**2).sum((3, 4, 5))
-    np.testing.assert_allclose(y, expected, rtol=2e-5)
 
 
 @pytest.mark.parametrize("anneal", ["rule", "distance"])
