@@ -135,7 +135,8 @@ def picture(runs: Sequence[Trained]) -> Figure:
     axes = figure.subplots()
     for place, (label, group) in enumerate(groups.items()):
         values = [100 * one.test_accuracy for one in group if one.test_accuracy is not None]
-        colour = "C0" if label == "recipe" else "C1" if "twin" in label else "0.4"
+        multiplies = group[0].config.family == ("conv",)
+        colour = "C0" if label == "recipe" else "C1" if multiplies else "0.4"
         axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.6)
         if values:
             axes.plot(statistics.fmean(values), place, "|", color=colour, markersize=16)
