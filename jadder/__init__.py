@@ -5,9 +5,10 @@ the layers, `jadder.optim` the optimizers and `jadder.models` whole networks. Th
 those that most programs need.
 """
 
-from jadder import annealing, models, nn, ops, optim, rules
+from jadder import annealing, integer, models, nn, ops, optim, rules
 from jadder.annealing import set_l1_share
 from jadder.implementations import implementations
+from jadder.integer import IntegerProgram, quantize
 from jadder.nn import (
     AdderAttention,
     AdderConv,
@@ -51,6 +52,7 @@ __all__ = [
     "EuclidConvTranspose",
     "EuclidLinear",
     "GradientRule",
+    "IntegerProgram",
     "ScaledAdderLinear",
     "adder_adamw",
     "adder_conv",
@@ -68,10 +70,12 @@ __all__ = [
     "euclid_einsum",
     "euclid_matmul",
     "implementations",
+    "integer",
     "models",
     "nn",
     "ops",
     "optim",
+    "quantize",
     "rules",
     "scale_by_adder",
     "set_l1_share",

@@ -11,6 +11,7 @@ from jadder.integer.program import (
     Residual,
     SumPool,
 )
+from jadder.integer.quantize import quantize
 
 __all__ = [
     "Activation",
@@ -22,4 +23,5 @@ __all__ = [
     "Reshape",
     "Residual",
     "SumPool",
+    "quantize",
 ]

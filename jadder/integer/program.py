@@ -16,11 +16,12 @@ output position and channel c:
 - `SumPool`: S = Σ q over the window. `Rescale`: S = q.
 
 Positions in the padding hold the input's zero point, of the channel where there is one for each.
-Where ``center`` is set, S becomes F · S - Σ_f S_f, the sum over the F channels of the same position.
+Where ``center`` is set, S becomes F · S - Σ_f S_f, the sum over the F channels of its position.
 
 Then `Requantization` makes it the next activation, with one rounding:
 
-    q = clip((S · multiplier[c] + Σ_r q_r · multiplier_r · 2^left_shift_r + bias[c]) >> shift, low, high)
+    q = clip((S · multiplier[c] + R + bias[c]) >> shift, low, high)
+    R = Σ_r q_r · multiplier_r · 2^left_shift_r
 
 where r runs over the residuals, earlier activations of the result's shape, and >> rounds towards
 minus infinity; half a unit for rounding to nearest is in the bias. `MaxPool` and `Reshape` keep
@@ -32,7 +33,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 Shape = tuple[int, int, int]
@@ -223,6 +227,47 @@ class IntegerProgram:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def __call__(self, images: ArrayLike) -> Array:
+        """The network's outputs in floats, for a batch of images.
+
+        Args:
+          images: (batch, height, width, channels), uint8 pixels, or floats if ``float_input``.
+            Dimensions of size 1 that the network does not have may be left out.
+
+        Returns:
+          float32 (batch, *output.shape), without height and width where both are 1.
+
+        Raises:
+          ValueError, TypeError: images of another shape or dtype.
+        """
+        from jadder.integer.run import run
+
+        outputs = run(self, self.to_integers(images))
+        logits = outputs.astype(jnp.float32) * np.float32(self.output.scale[0])
+        height, width, channels = self.output.shape
+        return logits.reshape(-1, channels) if height == width == 1 else logits
+
+    def to_integers(self, images: ArrayLike) -> Array:
+        """The uint8 images (batch, *input.shape) of what the program is called with.
+
+        Raises:
+          ValueError, TypeError: images of another shape or dtype.
+        """
+        x = jnp.asarray(images)
+        kind = jnp.floating if self.float_input else jnp.uint8
+        if not jnp.issubdtype(x.dtype, kind):
+            wanted = "floats" if self.float_input else "uint8 pixels"
+            raise TypeError(f"the integer program takes {wanted}, got {x.dtype}")
+        shape = self.input.shape
+        own = tuple(size for size in shape if size > 1)
+        if x.ndim < 1 or tuple(size for size in x.shape[1:] if size > 1) != own:
+            raise ValueError(f"the integer program takes images (batch, *{shape}), got {x.shape}")
+        x = x.reshape(x.shape[0], *shape)
+        if not self.float_input:
+            return x
+        q = jnp.floor(x / np.float32(self.input.scale[0]) + 0.5) + self.input.zero_point[0]
+        return jnp.clip(q, 0, self.input.maximum).astype(jnp.uint8)
 
     @property
     def values(self) -> tuple[Activation, ...]:

@@ -37,16 +37,19 @@ def every_value(program: IntegerProgram, images: Array) -> list[Array]:
     """All values of ``images``: the images themselves, then each operation's result."""
     values = [jnp.asarray(images, jnp.uint8)]
     for operation in program.operations:
-        source = program.values[operation.input]
-        x = values[operation.input]
-        if isinstance(operation, Reshape):
-            values.append(x.reshape(x.shape[0], *operation.output.shape))
-        elif isinstance(operation, MaxPool):
-            values.append(_pool(x, operation, lax.max, np.uint8(0)))
-        else:
-            total = sums(operation, source, x)
-            values.append(requantize(total, operation.requantization, values, operation.output))
+        values.append(result(operation, program.values[operation.input], values))
     return values
+
+
+def result(operation: Operation, source: Activation, values: list[Array]) -> Array:
+    """The result of one operation, which reads ``source`` and earlier ``values``."""
+    x = values[operation.input]
+    if isinstance(operation, Reshape):
+        return x.reshape(x.shape[0], *operation.output.shape)
+    if isinstance(operation, MaxPool):
+        return _pool(x, operation, lax.max, np.uint8(0))
+    total = sums(operation, source, x)
+    return requantize(total, operation.requantization, values, operation.output)
 
 
 def sums(operation: Operation, source: Activation, x: Array) -> Array:
