@@ -63,16 +63,14 @@ def expression(node: Node, uses: Mapping[Node, int]) -> Expression:
     Raises:
       ValueError: a mean over channels of something other than a product.
     """
-    low, high = -math.inf, math.inf
+    if isinstance(node, Round):
+        (node,) = node.inputs
+        if uses[node] > 1:
+            return _Parts.activation(node).closed()
     if isinstance(node, Clip):
-        low, high = node.low, node.high
-        node = node.inputs[0]
-        parts = _part(node, uses)
-    elif isinstance(node, Round):
         parts = _part(node.inputs[0], uses)
-    else:
-        parts = _read(node, uses)
-    return dataclasses.replace(parts.closed(), low=low, high=high)
+        return dataclasses.replace(parts.closed(), low=node.low, high=node.high)
+    return _read(node, uses).closed()
 
 
 @dataclasses.dataclass(frozen=True)

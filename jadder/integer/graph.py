@@ -8,13 +8,13 @@ It stands between a traced network and an `IntegerProgram`: `jadder.integer.trac
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from numpy.typing import NDArray
 
+from jadder.integer.grid import Grid
 from jadder.integer.program import Padding, Pair, Product, Shape
 from jadder.ops import adder_conv
 
@@ -99,11 +99,9 @@ class Flatten(Node):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Round(Node):
-    """Rounded to one of ``levels + 1`` steps from ``low`` to ``high``: a grid that was trained."""
+    """Rounded to a grid that the network was trained with."""
 
-    low: float
-    high: float
-    levels: int
+    grid: Grid
 
 
 def evaluate(order: list[Node], images: Array) -> Mapping[Node, Array]:
@@ -149,7 +147,7 @@ def _apply(node: Node, operands: list[Array]) -> Array:
         case Flatten():
             return x.reshape(x.shape[0], *node.shape)
         case Round():
-            return round_to_grid(x, node.low, node.high, node.levels)
+            return node.grid.round_to_grid(x)
     raise AssertionError(f"no way to compute {node}")
 
 
@@ -159,12 +157,6 @@ def _affine(node: Affine, x: Array) -> Array:
     shift = np.where(flat, 0, node.offset / np.where(flat, 1, node.scale))
     y = (x + shift.astype(np.float32)) * node.scale.astype(np.float32)
     return jnp.where(flat, node.offset.astype(np.float32), y)
-
-
-def round_to_grid(x: Any, low: Any, high: Any, levels: Any) -> Array:
-    """The nearest of ``levels + 1`` equally spaced numbers from ``low`` to ``high``."""
-    step = (high - low) / levels
-    return low + step * jnp.floor(jnp.clip((x - low) / step, 0, levels) + 0.5)
 
 
 def _product(node: ProductNode, x: Array) -> Array:

@@ -262,7 +262,8 @@ class IntegerProgram:
         shape = self.input.shape
         own = tuple(size for size in shape if size > 1)
         if x.ndim < 1 or tuple(size for size in x.shape[1:] if size > 1) != own:
-            raise ValueError(f"the integer program takes images (batch, *{shape}), got {x.shape}")
+            wanted = f"(batch, {', '.join(map(str, shape))})"
+            raise ValueError(f"the integer program takes images {wanted}, got {x.shape}")
         x = x.reshape(x.shape[0], *shape)
         if not self.float_input:
             return x

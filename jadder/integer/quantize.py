@@ -19,9 +19,12 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jadder.integer import xla
-from jadder.integer.calibrate import CHUNK, Grid, Moments, Statistics, symmetric
+from jadder.integer.calibrate import CHUNK, Moments, Statistics, symmetric
 from jadder.integer.expressions import Expression, count_uses, expression, has_own_grid
 from jadder.integer.graph import Flatten, Image, Node, Pool, Round, topological
+from jadder.integer.grid import Grid
+from jadder.integer.hybrid import quantize_products
+from jadder.integer.pixels import Pixels
 from jadder.integer.program import (
     INT32,
     Activation,
@@ -50,7 +53,8 @@ def quantize(
     mean: ArrayLike | None = None,
     std: ArrayLike | None = None,
     residual_bits: int = 8,
-) -> IntegerProgram:
+    hybrid: bool = False,
+) -> Any:
     """An `IntegerProgram` that computes what a trained network computes, in bytes.
 
     Nothing is trained. What the network computes is found by tracing it in evaluation mode:
@@ -67,9 +71,11 @@ def quantize(
       mean, std: for pixels: the network was trained on (pixels / 255 - mean) / std, each a number
         or one for each channel.
       residual_bits: of activations that are added or pooled, 2 to 8.
+      hybrid: whether parts without an integer form, and all else but the adder products, stay in
+        floats.
 
     Returns:
-      The program.
+      An `IntegerProgram`, or a `HybridProgram` with ``hybrid``.
 
     Raises:
       ValueError: a part of the network that has no integer form (it is named, with its place), bits
@@ -89,7 +95,10 @@ def quantize(
         if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
             raise ValueError(f"quantize: {name} must be an integer from 2 to 8, got {value!r}")
     source = Pixels.of("quantize", images, mean, std)
-    output = trace(in_evaluation(model), source.shape)
+    function = in_evaluation(model)
+    if hybrid:
+        return quantize_products(function, source, bits)
+    output = trace(function, source.shape)
     return _Quantizer(output, source, bits, residual_bits).program()
 
 
@@ -101,69 +110,6 @@ def in_evaluation(model: nnx.Module | Callable[[Any], Any]) -> Callable[[Any], A
     model.eval()
     structure, state = nnx.split(model)
     return lambda images: nnx.merge(structure, state)(images)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pixels:
-    """Calibration images, and how they become what the network takes."""
-
-    images: Any
-    mean: Any
-    std: Any
-
-    @classmethod
-    def of(
-        cls, name: str, images: ArrayLike, mean: ArrayLike | None, std: ArrayLike | None
-    ) -> "Pixels":
-        """Checked; ``name`` is the caller's.
-
-        Raises:
-          ValueError, TypeError: images or moments of the wrong kind.
-        """
-        array = np.asarray(images)
-        if array.ndim not in (2, 3, 4) or 0 in array.shape:
-            raise ValueError(
-                f"{name}: images (batch, height, width, channels) expected, got {array.shape}"
-            )
-        array = array.reshape(len(array), *(1,) * (4 - array.ndim), *array.shape[1:])
-        if array.dtype == np.uint8:
-            if mean is None or std is None:
-                raise TypeError(f"{name}: uint8 images need mean and std, those of the training")
-            own_mean, own_std = (
-                np.broadcast_to(np.asarray(each, np.float64), array.shape[-1:])
-                for each in (mean, std)
-            )
-            if not (own_std > 0).all() or not np.isfinite(own_mean).all():
-                raise ValueError(f"{name}: finite means and positive deviations expected")
-            return cls(array, own_mean, own_std)
-        if not np.issubdtype(array.dtype, np.floating):
-            raise TypeError(f"{name}: images must be uint8 or floats, got {array.dtype}")
-        if mean is not None or std is not None:
-            raise TypeError(f"{name}: mean and std belong to uint8 images, got {array.dtype}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name}: the images have values that are not finite")
-        return cls(array.astype(np.float32), None, None)
-
-    @property
-    def shape(self) -> Any:
-        """(height, width, channels)."""
-        return self.images.shape[1:]
-
-    def floats(self) -> Any:
-        """What the network takes."""
-        if self.mean is None:
-            return self.images
-        return ((self.images / 255 - self.mean) / self.std).astype(np.float32)
-
-    def activation(self) -> tuple[Activation, Any]:
-        """The image's grid, and its zero in each channel before it is rounded."""
-        if self.mean is None:
-            grid = Grid.fitted(self.images, _BYTE)
-            return Activation(self.shape, (grid.scale,), (grid.zero_point,)), grid.zero_point
-        zero = 255 * self.mean
-        rounded = tuple(int(z) for z in np.clip(np.rint(zero), 0, 255))
-        scale = tuple(float(s) for s in 1 / (255 * self.std))
-        return Activation(self.shape, scale, rounded), zero
 
 
 class _Quantizer:
@@ -230,7 +176,7 @@ class _Quantizer:
             return self.residual_levels
         operand = product.inputs[0]
         if isinstance(operand, Round):
-            return operand.levels
+            return operand.grid.maximum
         ends = node is self.output or isinstance(operand, Image)
         return _BYTE if ends and product.product == "multiply" else self.levels
 
@@ -257,7 +203,7 @@ class _Quantizer:
         if levels < most and not isinstance(node, Round):
             return self._emit_rescaled(node, self._activation(node, most), levels)
         if isinstance(node, Round):
-            grid = Grid.between(node.low, node.high, node.levels)
+            grid = node.grid
         else:
             grid = Grid.fitted(self.statistics.samples[node], levels)
         return self._emit_expression(node, self._result(node, grid))

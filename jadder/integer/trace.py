@@ -7,11 +7,9 @@ the graph's operations.
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +28,11 @@ from jadder.integer.graph import (
     ProductNode,
     Round,
 )
+from jadder.integer.grid import Grid, round_to_grid
+from jadder.integer.jaxprs import bind, call_of, layer_of
 from jadder.integer.program import Shape
 
 BATCH = 2
-_LIBRARIES = tuple(f"{module.__path__[0]}{os.sep}" for module in (jax, flax))
-ROUND_TO_GRID = "round_to_grid"
 
 
 class NoIntegerForm(ValueError):
@@ -114,41 +112,19 @@ class _Interpreter:
 
     def results(self, equation: Any, operands: list[Any]) -> list[Any]:
         name = equation.primitive.name
-        if not any(isinstance(each, Traced) for each in operands):
-            results = equation.primitive.bind(*operands, **equation.params)
-            return list(results) if equation.primitive.multiple_results else [results]
-        if equation.params.get("name") == ROUND_TO_GRID:
+        traced = any(isinstance(each, Traced) for each in operands)
+        if traced and equation.params.get("name") == round_to_grid.__name__:
             return [_round(*operands, layer=layer_of(equation))]
-        inner = _inner_jaxpr(equation)
+        inner = call_of(equation)
         if inner is not None:
             return self.run(inner.jaxpr, inner.consts, operands)
+        if not traced:
+            return bind(equation, operands)
         rule = _RULES.get(name)
         context = _Context(name, layer_of(equation), equation)
         if rule is None:
             raise context.refused()
         return [rule(context, *operands)]
-
-
-def _inner_jaxpr(equation: Any) -> Any:
-    """The jaxpr that a call of a function evaluates, or None for what is no such call."""
-    if equation.primitive.name in ("while", "scan", "cond"):
-        return None
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = equation.params.get(key)
-        if isinstance(inner, core.ClosedJaxpr):
-            return inner
-        if isinstance(inner, core.Jaxpr):
-            return core.ClosedJaxpr(inner, ())
-    return None
-
-
-def layer_of(equation: Any) -> str:
-    """Where in the user's program an equation comes from: the innermost line outside of JAX."""
-    traceback = equation.source_info.traceback
-    for frame in () if traceback is None else traceback.frames:
-        if not frame.file_name.startswith(_LIBRARIES):
-            return f"{frame.function_name} ({frame.file_name}:{frame.line_num})"
-    return "an unknown place"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,9 +285,9 @@ def _clipped(context: _Context, x: Any, y: Any, *, upper: bool) -> Traced:
     return Traced(node, x.shape, x.order)
 
 
-def _round(x: Any, low: Any, high: Any, levels: Any, *, layer: str) -> Traced:
-    node = Round(x.node.shape, (x.node,), layer, float(low), float(high), int(levels))
-    return Traced(node, x.shape, x.order)
+def _round(x: Any, scale: Any, zero_point: Any, maximum: Any, *, layer: str) -> Traced:
+    grid = Grid(float(scale), int(zero_point), int(maximum))
+    return Traced(Round(x.node.shape, (x.node,), layer, grid), x.shape, x.order)
 
 
 # -- Shapes ----------------------------------------------------------------------------------------
