@@ -1,5 +1,7 @@
 """Networks of integers: a trained adder network in bytes."""
 
+from jadder.integer.grid import Grid
+from jadder.integer.hybrid import HybridProgram
 from jadder.integer.program import (
     Activation,
     Convolution,
@@ -16,6 +18,8 @@ from jadder.integer.quantize import quantize
 __all__ = [
     "Activation",
     "Convolution",
+    "Grid",
+    "HybridProgram",
     "IntegerProgram",
     "MaxPool",
     "Requantization",

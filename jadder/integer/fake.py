@@ -38,9 +38,10 @@ class RoundedProduct:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         subscripts, operands, others = _split(self.adder, args)
+        function: Callable[..., Array] = self.adder
 
         def adder(x: Array, w: Array) -> Array:
-            return self.adder(*subscripts, x, w, *others, **kwargs)
+            return function(*subscripts, x, w, *others, **kwargs)
 
         @jax.custom_vjp
         def product(x: Array, w: Array) -> Array:
@@ -108,7 +109,7 @@ def fake_quantize(
     chunks = [jnp.asarray(floats[at : at + CHUNK]) for at in range(0, len(floats), CHUNK)]
     model.eval()
     for chunk in chunks:
-        model(chunk)  # type: ignore[operator]
+        model(chunk)
     _replace_products(model, lambda recorder: recorder.rounded(2**bits - 1))
     update_statistics(model, chunks)
     model.train()

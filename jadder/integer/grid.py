@@ -11,6 +11,9 @@ from jax import Array
 SHARES = np.linspace(1, 0.1, 91)
 """Of the largest value, what is tried as the end of a range."""
 
+ROUND_TO_GRID = "round_to_grid"
+"""The name under which a jaxpr calls that function."""
+
 _BINS = 4096
 
 
@@ -26,7 +29,7 @@ class Grid:
     def between(cls, low: float, high: float, maximum: int) -> "Grid":
         """The grid from about ``low`` to about ``high``, which has 0 among its numbers."""
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = (high - low) / maximum or 1.0
+        scale = float(high - low) / maximum or 1.0
         return cls(scale, int(np.clip(np.rint(-low / scale), 0, maximum)), maximum)
 
     @classmethod
@@ -44,7 +47,8 @@ class Grid:
 
     def to_integers(self, x: Any) -> Any:
         """The nearest q of each x, halves upwards."""
-        return np.clip(np.floor(x / self.scale + 0.5) + self.zero_point, 0, self.maximum)
+        numpy: Any = jnp if isinstance(x, Array) else np
+        return numpy.clip(numpy.floor(x / self.scale + 0.5) + self.zero_point, 0, self.maximum)
 
     def rounded(self, x: Any) -> Any:
         """The nearest of the grid's numbers."""

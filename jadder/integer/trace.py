@@ -28,7 +28,7 @@ from jadder.integer.graph import (
     ProductNode,
     Round,
 )
-from jadder.integer.grid import Grid, round_to_grid
+from jadder.integer.grid import ROUND_TO_GRID, Grid
 from jadder.integer.jaxprs import bind, call_of, layer_of
 from jadder.integer.program import Shape
 
@@ -113,7 +113,7 @@ class _Interpreter:
     def results(self, equation: Any, operands: list[Any]) -> list[Any]:
         name = equation.primitive.name
         traced = any(isinstance(each, Traced) for each in operands)
-        if traced and equation.params.get("name") == round_to_grid.__name__:
+        if traced and equation.params.get("name") == ROUND_TO_GRID:
             return [_round(*operands, layer=layer_of(equation))]
         inner = call_of(equation)
         if inner is not None:

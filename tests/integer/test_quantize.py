@@ -50,7 +50,7 @@ def relative_error(program, model, images, floats):
 def test_eight_bits_are_close(family, norm):
     model, images = trained(family, norm), pixels()
     program = jadder.quantize(model, images, mean=MEAN, std=STD)
-    assert relative_error(program, model, images, normalized(images)) < 0.08
+    assert relative_error(program, model, images, normalized(images)) < 0.12
     products = [each for each in program.operations if isinstance(each, Convolution)]
     adders = [each.product == "adder" for each in products]
     assert any(adders) == (family == "adder")
@@ -89,7 +89,10 @@ def test_floats_in_and_adders_at_the_ends():
 
 def test_a_network_of_ones_own():
     model = Own(nnx.Rngs(0))
-    floats = np.asarray(jax.random.normal(jax.random.key(0), (64, 16, 16, 3)))
+    model.norm.momentum = 0.0
+    floats = normalized(pixels(side=16))
+    model(jnp.asarray(floats))
+    model.eval()
     program = jadder.quantize(model, floats)
     assert any(isinstance(each, MaxPool) for each in program.operations)
     assert relative_error(program, model, floats, floats) < 0.1
@@ -136,12 +139,12 @@ def test_the_model_is_not_changed_and_need_not_be_in_evaluation_mode():
         (ValueError, "residual_bits must be", {"residual_bits": 1}),
         (TypeError, "need mean and std", {"mean": None}),
         (ValueError, "positive deviations", {"std": 0.0}),
-        (TypeError, "must be uint8 or floats, got int32", {"images": np.zeros((2, 12, 12, 3), np.int32)}),
+        (TypeError, "uint8 or floats, got int32", {"images": np.zeros((2, 12, 12, 3), np.int32)}),
         (TypeError, "belong to uint8", {"images": np.zeros((2, 12, 12, 3), np.float32)}),
         (ValueError, "expected, got", {"images": np.zeros((0, 12, 12, 3), np.uint8)}),
-        (ValueError, r"expected images of shape \(batch, height, width, 3\)", {"images": np.zeros((2, 12, 12, 1), np.uint8)}),
+        (ValueError, "expected images of", {"images": np.zeros((2, 12, 12, 1), np.uint8)}),
     ],
-)  # fmt: skip
+)
 def test_refusals(error, text, options):
     arguments = {"images": pixels(4), "mean": MEAN[0], "std": STD[0]} | options
     with pytest.raises(error, match=text):
@@ -165,6 +168,6 @@ def test_hybrid_keeps_floats_around_the_products():
     with pytest.raises(ValueError, match="has no integer form"):
         jadder.quantize(model, images, mean=MEAN, std=STD)
     program = jadder.quantize(model, images, mean=MEAN, std=STD, hybrid=True)
-    assert len(program.products) == 5
+    assert len(program.products) == 6
     assert all(each.kernel.dtype == np.uint8 for each in program.products)
     assert relative_error(program, model, images, normalized(images)) < 0.1
