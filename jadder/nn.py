@@ -5,7 +5,7 @@ default is what AdderNet does: kernels start from N(0, 1), and there is no bias,
 normalisation with a bias follows every adder layer.
 
 Adder kernels are `AdderKernel` variables. ``nnx.state(model, AdderKernel)`` selects them, and
-`adder_mask` marks them among the parameters for an optimizer (`jadder.adder_kernels` has both).
+`adder_mask` marks them among the parameters for an optimizer (`jadder.masks` says how).
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from jax import Array, lax
 from jadder import ops
 from jadder.adder_kernels import AdderKernel as AdderKernel
 from jadder.adder_kernels import AdderOperator, mark_kernel
-from jadder.adder_kernels import adder_mask as adder_mask
 from jadder.implementations import Implementation
+from jadder.masks import adder_mask as adder_mask
 from jadder.rules import ADDER_VIT, ADDERNET, GradientRule
 
 Where = Callable[[tuple[Any, ...], nnx.Module], bool]

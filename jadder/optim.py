@@ -10,7 +10,7 @@ of the same relative size instead,
 after it, as in the published code.
 
 Which leaves are adder kernels, and which of their axes number layers, is found out when a
-transformation is initialised (`jadder.adder_kernels` decides it for all of them):
+transformation is initialised (`jadder.masks` decides it for all of them):
 
 - ``nnx.Optimizer``, or whoever initialises with an ``nnx.State``, needs no ``mask``: the types of
   the variables tell. A model without adder kernels is then trained by the recipe without scaling.
@@ -38,7 +38,8 @@ import optax
 from flax import nnx
 from jax import Array
 
-from jadder.adder_kernels import Axes, Mask, StackAxes, adder_leaves
+from jadder.adder_kernels import Axes
+from jadder.masks import Mask, StackAxes, adder_leaves
 
 
 class AdderKernelState(NamedTuple):

@@ -48,7 +48,9 @@ def adamw(learning_rate=0.1, **kwargs):
 
 def sgd_by_hand(learning_rate=0.1):
     def scale(path, g):
-        norm = lambda layer: 0.3 * np.sqrt(INTO * OUT) * layer / jnp.sqrt((layer**2).sum())
+        def norm(layer):
+            return 0.3 * np.sqrt(INTO * OUT) * layer / jnp.sqrt((layer**2).sum())
+
         name = jax.tree_util.keystr(path)
         if "stack" in name:
             return jnp.stack([norm(layer) for layer in g])
