@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from jadder import ops
+from jadder.adder_kernels import AdderOperator
 from jadder.nn import AdderConvGeneralDilated, AdderDotGeneral, AdderEinsum
 
 AdderProduct = AdderDotGeneral | AdderConvGeneralDilated | AdderEinsum
@@ -25,7 +26,7 @@ _EUCLID: dict[type[Any], Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MixedProduct:
+class MixedProduct(AdderOperator):
     """-Σ(l1_share · |x - w| + (1 - l1_share) · (x - w)²/2), in place of an adder product.
 
     Its gradient with respect to the kernel is the full-precision rule's at any share, if that is

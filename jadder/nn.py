@@ -5,7 +5,7 @@ default is what AdderNet does: kernels start from N(0, 1), and there is no bias,
 normalisation with a bias follows every adder layer.
 
 Adder kernels are `AdderKernel` variables. ``nnx.state(model, AdderKernel)`` selects them, and
-`adder_mask` marks them among the parameters for an optimizer.
+`adder_mask` marks them among the parameters for an optimizer (`jadder.masks` says how).
 """
 
 import dataclasses
@@ -20,7 +20,10 @@ from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike, PromoteD
 from jax import Array, lax
 
 from jadder import ops
+from jadder.adder_kernels import AdderKernel as AdderKernel
+from jadder.adder_kernels import AdderOperator, mark_kernel
 from jadder.implementations import Implementation
+from jadder.masks import adder_mask as adder_mask
 from jadder.rules import ADDER_VIT, ADDERNET, GradientRule
 
 Where = Callable[[tuple[Any, ...], nnx.Module], bool]
@@ -29,12 +32,8 @@ default_kernel_init = nnx.initializers.normal(stddev=1.0)
 default_bias_init = nnx.initializers.zeros_init()
 
 
-class AdderKernel(nnx.Param[Any]):
-    """The kernel of an adder product: what `jadder.optim.scale_by_adder` scales."""
-
-
 @dataclasses.dataclass(frozen=True)
-class AdderDotGeneral:
+class AdderDotGeneral(AdderOperator):
     """`jadder.ops.adder_dot_general` with its rule and implementation, for ``nnx.Linear``.
 
     Unlike a ``functools.partial``, two of these with the same fields are equal, so a model whose
@@ -54,7 +53,7 @@ class AdderDotGeneral:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdderConvGeneralDilated:
+class AdderConvGeneralDilated(AdderOperator):
     """`jadder.ops.adder_conv_general_dilated` with its rule and implementation, for ``nnx.Conv``.
 
     Example:
@@ -72,7 +71,7 @@ class AdderConvGeneralDilated:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdderEinsum:
+class AdderEinsum(AdderOperator):
     """`jadder.ops.adder_einsum` with its rule and implementation, for ``nnx.Einsum``.
 
     Example:
@@ -129,7 +128,7 @@ class AdderLinear(nnx.Linear):
             rngs=rngs,
             **kwargs,
         )
-        _mark_kernel(self)
+        mark_kernel(self)
 
 
 class AdderConv(nnx.Conv):
@@ -179,7 +178,7 @@ class AdderConv(nnx.Conv):
             rngs=rngs,
             **kwargs,
         )
-        _mark_kernel(self)
+        mark_kernel(self)
 
 
 class _ConvTranspose(nnx.ConvTranspose):
@@ -254,7 +253,7 @@ class AdderConvTranspose(_ConvTranspose):
             **kwargs,
         )
         self.conv_general_dilated = AdderConvGeneralDilated(rule, implementation)
-        _mark_kernel(self)
+        mark_kernel(self)
 
 
 class EuclidLinear(nnx.Linear):
@@ -670,67 +669,11 @@ def adderize(
         if kernel_init is not None and rngs is not None:
             old = layer.kernel[...]
             layer.kernel[...] = kernel_init(rngs.params(), old.shape, old.dtype)
-        _mark_kernel(layer)
+        mark_kernel(layer)
         changed += 1
     if not changed:
         raise ValueError("adderize: no product of the model was selected; nothing to change")
     return model
-
-
-def adder_mask(model: nnx.Module) -> Callable[[Any], Any]:
-    """Marks a model's adder kernels in any tree of its parameters.
-
-    Args:
-      model: an NNX module, or its state, with the variables' types still on it.
-
-    Returns:
-      A function from a tree of parameters (an ``nnx.State``, its pure dict, gradients of either)
-      to the same tree of bools: the form that optax calls a mask. It raises ValueError where the
-      model has adder kernels but the tree has none of them, as happens when the tree is nested
-      differently.
-
-    Example:
-      >>> from flax import nnx
-      >>> rngs = nnx.Rngs(0)
-      >>> model = nnx.Sequential(AdderLinear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
-      >>> mask = adder_mask(model)(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-      >>> mask["layers"][0]["kernel"], mask["layers"][1]["scale"]
-      (True, False)
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model), is_leaf=_is_variable)
-    paths = {_names(path) for path, leaf in leaves if isinstance(leaf, AdderKernel)}
-
-    def mask(params: Any) -> Any:
-        marks = jax.tree_util.tree_map_with_path(
-            lambda path, _: _names(path) in paths, params, is_leaf=_is_variable
-        )
-        if paths and not any(jax.tree.leaves(marks)):
-            raise ValueError(
-                "adder_mask: none of the model's adder kernels is in this tree of parameters; "
-                f"the model has {'/'.join(map(str, min(paths, key=str)))}, the tree begins with "
-                f"{jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(params)[0][0])}"
-            )
-        return marks
-
-    return mask
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
-def _names(path: Sequence[Any]) -> tuple[Any, ...]:
-    """The keys of a tree path, whatever kinds of containers it goes through."""
-    return tuple(
-        next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
-        for key in path
-    )
-
-
-def _mark_kernel(layer: Any) -> None:
-    if not isinstance(layer.kernel, AdderKernel):
-        metadata = layer.kernel.get_metadata()
-        layer.kernel = AdderKernel(layer.kernel[...], **metadata)
 
 
 def _give_product_to(path: Sequence[Any], layer: nnx.ConvTranspose) -> None:

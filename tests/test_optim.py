@@ -51,6 +51,35 @@ def test_adder_gradients_get_the_norm_eta_sqrt_k(seed, eta, size, exponent):
     np.testing.assert_allclose(update["w"], expected, rtol=1e-5, atol=1e-6 * eta)
 
 
+@pytest.mark.parametrize("size", [2.5e-38, 8.5e37, 1e38, np.finfo(np.float32).max])
+def test_gradients_at_the_ends_of_the_range_get_the_norm(size):
+    """Reciprocals of the largest numbers are too small for float32, where XLA divides by them."""
+    tx = scale_by_adder(mask=True)
+    gradient = jnp.float32(size) * jnp.array([[1.0, -1.0], [0.5, 0.0]])
+    state = tx.init(gradient)
+    expected = 0.2 * 2 * np.array([[1, -1], [0.5, 0]]) / 1.5
+    for update in (tx.update, jax.jit(tx.update)):
+        np.testing.assert_allclose(update(gradient, state)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "float8_e4m3fn"])
+def test_narrow_gradients_are_scaled_in_float32(dtype):
+    tx = scale_by_adder(mask=True)
+    gradient = jnp.array([[2.0, -2.0], [0.0, 1.0]], dtype)
+    update, _ = tx.update(gradient, tx.init(gradient))
+    assert update.dtype == gradient.dtype
+    expected = (jnp.array([[2.0, -2.0], [0.0, 1.0]]) * 0.4 / 3).astype(dtype)
+    np.testing.assert_array_equal(update, expected)
+
+
+def test_empty_leaves_stay(make):
+    tx = make(mask={"empty": True, "adder": True})
+    params = {"empty": jnp.zeros((0, 3)), "adder": jnp.ones((2, 2))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["empty"].shape == (0, 3)
+    assert np.isfinite(updates["adder"]).all()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_zero_gradients_stay_zero_and_dtypes_stay(dtype):
     tx = scale_by_adder(mask=True)
@@ -154,6 +183,42 @@ class TestOptaxCompatibility:
         updates, _ = tx.update(GRADS, state, PARAMS)
         np.testing.assert_array_equal(updates["adder"], 0)
 
+    def test_tree_map_params_leaves_the_marks_alone(self, make):
+        """They are no copies of the parameters, and have no sharding of theirs."""
+        tx = make(mask=MASK)
+        specs = {"adder": PartitionSpec(None, "i"), "norm": PartitionSpec("i")}
+        specs = specs | {"norm": {"scale": PartitionSpec("i"), "bias": PartitionSpec()}}
+        for outer in (tx, optax.masked(tx, {"adder": True, "norm": False})):
+            state = outer.init(PARAMS)
+            mapped = optax.tree_map_params(
+                outer,
+                lambda _, spec: spec,
+                state,
+                specs,
+                transform_non_params=lambda _: PartitionSpec(),
+                is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+            )
+            marks = optax.tree_utils.tree_get(mapped, "is_adder")
+            assert marks == PartitionSpec()
+            doubled = optax.tree_map_params(outer, lambda leaf: 2 * leaf, state)
+            kept = optax.tree_utils.tree_get(doubled, "is_adder")
+            before = optax.tree_utils.tree_get(state, "is_adder")
+            jax.tree.map(np.testing.assert_array_equal, kept, before)
+
+    def test_abstract_values(self, make):
+        tx = make(mask=MASK)
+        state = jax.eval_shape(tx.init, PARAMS)
+        expected = jax.tree.map(jax.typeof, tx.init(PARAMS))
+        assert jax.tree.map(jax.typeof, state) == expected
+        updates, after = jax.eval_shape(tx.update, GRADS, state, PARAMS)
+        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, PARAMS)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+
+    def test_a_state_of_other_parameters_is_an_error(self):
+        tx = scale_by_adder(mask=True)
+        with pytest.raises(ValueError, match="initialised with 1 parameters, updated with 3"):
+            tx.update(GRADS, tx.init(PARAMS["adder"]))
+
     def test_schedules_and_accumulation_over_steps(self, make):
         del make
         tx = optax.MultiSteps(adder_sgd(optax.linear_schedule(0.1, 0.0, 10), mask=MASK), 2)
@@ -198,9 +263,26 @@ class TestFindingAdderKernels:
         with pytest.raises(ValueError, match=r"no AdderKernel.*mask=jadder.nn.adder_mask\(model\)"):
             make().init(PARAMS)
 
-    def test_a_model_without_adders_is_an_error(self, make):
-        with pytest.raises(ValueError, match="no AdderKernel"):
-            nnx.Optimizer(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), make(), wrt=nnx.Param)
+    @pytest.mark.parametrize("family", ["conv", "euclid"])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_models_without_adders_get_the_plain_recipe(self, family, masked):
+        """One script trains a network of any family."""
+        net = jadder.models.create("lenet5", family=family, rngs=nnx.Rngs(0))
+        kwargs = {"mask": adder_mask(net)} if masked else {}
+        plain = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9))
+        for ours, theirs in (
+            (adder_sgd(0.1, **kwargs), plain),
+            (adder_adamw(0.1, **kwargs), optax.adamw(0.1, weight_decay=0.05)),
+        ):
+            params = nnx.state(net, nnx.Param)
+            params = nnx.to_pure_dict(params) if masked else params
+            actual, _ = ours.update(params, ours.init(params), params)
+            expected, _ = theirs.update(params, theirs.init(params), params)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
+                actual,
+                expected,
+            )
 
     def test_adamw_needs_the_parameters(self):
         tx = adder_adamw(0.1, mask=MASK)
