@@ -29,11 +29,12 @@ their input's grid and need none of this.
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Shape = tuple[int, int, int]
 Pair = tuple[int, int]
@@ -233,6 +234,35 @@ class IntegerProgram:
     def output(self) -> Activation:
         """The result of the last operation."""
         return self.operations[-1].output
+
+    def save(self, path: str | os.PathLike[str], *, golden: ArrayLike | None = None) -> None:
+        """Writes the program to one file, which FORMAT.md, next to this module, describes.
+
+        Args:
+          path: of the file; '.npz' by custom, for it is one.
+          golden: images uint8 (count, *input.shape) on the input's grid, to be kept with every
+            value that the program gives for them (see `jadder.integer.files.load_golden`).
+
+        Raises:
+          ValueError, TypeError: golden images that are none of the program's.
+        """
+        from jadder.integer import files
+
+        files.save(self, path, golden=golden)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "IntegerProgram":
+        """The program that ``save`` wrote, equal to the last bit.
+
+        Nothing in a file is trusted: no part of it is executed, and all of it is checked.
+
+        Raises:
+          FileNotFoundError: no file.
+          ValueError: a file that holds no program: what was found in it and what was expected.
+        """
+        from jadder.integer import files
+
+        return files.load(path)
 
 
 def sum_bounds(operation: Operation, source: Activation) -> tuple[int, int]:
