@@ -1,5 +1,6 @@
 """Networks of integers: a trained adder network in bytes."""
 
+from jadder.integer.hexadecimal import export_hex
 from jadder.integer.program import (
     Activation,
     Convolution,
@@ -22,4 +23,5 @@ __all__ = [
     "Reshape",
     "Residual",
     "SumPool",
+    "export_hex",
 ]

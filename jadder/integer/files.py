@@ -33,8 +33,8 @@ _HEADER = "program.json"
 _OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
 _READABLE = 0o644 << 16
 
-_LARGEST_FILE = 1 << 30
-_LARGEST_CONTENT = 1 << 30
+_LARGEST_FILE = 1 << 28
+_LARGEST_CONTENT = 1 << 28
 _LARGEST_HEADER = 1 << 22
 _LARGEST_DIRECTORY = 1 << 23
 
@@ -241,7 +241,7 @@ def _opened(path: PathLike) -> Iterator[_Archive]:
             yield _Archive(file)
         except _UNREADABLE as error:
             said = str(error) or type(error).__name__
-            raise ValueError(f"{name} holds no integer program: {said}") from None
+            raise ValueError(f"{name} holds no integer program: {said:.500}") from None
 
 
 def _open_file(name: str) -> BinaryIO:

@@ -280,13 +280,13 @@ def sum_bounds(operation: Operation, source: Activation) -> tuple[int, int]:
 
 
 def _product_bounds(operation: Convolution, source: Activation) -> tuple[int, int]:
-    kernel = operation.kernel.astype(np.int64)
+    kernel = operation.kernel.astype(np.int16)
     if operation.product == "adder":
         largest = np.maximum(kernel, source.maximum - kernel)
-        return 0, int(largest.sum((0, 1, 2)).max(initial=0))
+        return 0, int(largest.sum((0, 1, 2), np.int64).max(initial=0))
     largest_q = source.maximum
-    negative = int(np.minimum(kernel, 0).sum((0, 1, 2)).min(initial=0))
-    positive = int(np.maximum(kernel, 0).sum((0, 1, 2)).max(initial=0))
+    negative = int(np.minimum(kernel, 0).sum((0, 1, 2), np.int64).min(initial=0))
+    positive = int(np.maximum(kernel, 0).sum((0, 1, 2), np.int64).max(initial=0))
     return negative * largest_q, positive * largest_q
 
 
