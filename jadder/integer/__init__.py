@@ -1,6 +1,7 @@
 """Networks of integers: a trained adder network in bytes."""
 
 from jadder.integer.grid import Grid
+from jadder.integer.hexadecimal import export_hex
 from jadder.integer.hybrid import HybridProgram
 from jadder.integer.program import (
     Activation,
@@ -27,5 +28,6 @@ __all__ = [
     "Reshape",
     "Residual",
     "SumPool",
+    "export_hex",
     "quantize",
 ]

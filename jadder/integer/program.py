@@ -30,6 +30,7 @@ their input's grid and need none of this.
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -280,6 +281,35 @@ class IntegerProgram:
         """The result of the last operation."""
         return self.operations[-1].output
 
+    def save(self, path: str | os.PathLike[str], *, golden: ArrayLike | None = None) -> None:
+        """Writes the program to one file, which FORMAT.md, next to this module, describes.
+
+        Args:
+          path: of the file; '.npz' by custom, for it is one.
+          golden: images uint8 (count, *input.shape) on the input's grid, to be kept with every
+            value that the program gives for them (see `jadder.integer.files.load_golden`).
+
+        Raises:
+          ValueError, TypeError: golden images that are none of the program's.
+        """
+        from jadder.integer import files
+
+        files.save(self, path, golden=golden)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "IntegerProgram":
+        """The program that ``save`` wrote, equal to the last bit.
+
+        Nothing in a file is trusted: no part of it is executed, and all of it is checked.
+
+        Raises:
+          FileNotFoundError: no file.
+          ValueError: a file that holds no program: what was found in it and what was expected.
+        """
+        from jadder.integer import files
+
+        return files.load(path)
+
 
 def sum_bounds(operation: Operation, source: Activation) -> tuple[int, int]:
     """The least and the largest S that an operation can meet, after centring."""
@@ -296,13 +326,13 @@ def sum_bounds(operation: Operation, source: Activation) -> tuple[int, int]:
 
 
 def _product_bounds(operation: Convolution, source: Activation) -> tuple[int, int]:
-    kernel = operation.kernel.astype(np.int64)
+    kernel = operation.kernel.astype(np.int16)
     if operation.product == "adder":
         largest = np.maximum(kernel, source.maximum - kernel)
-        return 0, int(largest.sum((0, 1, 2)).max(initial=0))
+        return 0, int(largest.sum((0, 1, 2), np.int64).max(initial=0))
     largest_q = source.maximum
-    negative = int(np.minimum(kernel, 0).sum((0, 1, 2)).min(initial=0))
-    positive = int(np.maximum(kernel, 0).sum((0, 1, 2)).max(initial=0))
+    negative = int(np.minimum(kernel, 0).sum((0, 1, 2), np.int64).min(initial=0))
+    positive = int(np.maximum(kernel, 0).sum((0, 1, 2), np.int64).max(initial=0))
     return negative * largest_q, positive * largest_q
 
 
