@@ -53,7 +53,7 @@ unsupported = limits.unsupported
 
 def instruction_set() -> str:
     """``"avx512"``, ``"avx2"`` or ``"baseline"``: what the native code runs on here."""
-    name: bytes = _library().jadder_isa()
+    name: bytes = library().jadder_isa()
     return name.decode()
 
 
@@ -160,7 +160,7 @@ def _call(
     **attributes: Any,
 ) -> Array:
     """One foreign call; vmap maps it without repeating an operand that is not mapped."""
-    _library()
+    library()
     result_dtype = jnp.int32 if jnp.dtype(out_dtype) == jnp.int32 else jnp.float32
     bfloat16 = all(operand.dtype == jnp.bfloat16 for operand in operands)
     if result_dtype == jnp.float32 and not bfloat16:
@@ -197,11 +197,12 @@ def _planar_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape) if len(shape) == 4 else (shape[0], 1, *shape[1:])
 
 
-def _library() -> ctypes.CDLL:
-    library, refusal = _load()
-    if library is None:
+def library() -> ctypes.CDLL:
+    """The native library, loaded and registered. RuntimeError where there is none."""
+    loaded, refusal = _load()
+    if loaded is None:
         raise RuntimeError(f"the native CPU kernels are unavailable: {refusal}")
-    return library
+    return loaded
 
 
 @functools.cache

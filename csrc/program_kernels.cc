@@ -1,0 +1,497 @@
+// The tiles of integer programs. Compiled once for each instruction set.
+//
+// A product of bytes is one multiply-accumulate for each vector where the processor has it for
+// bytes (VNNI), of 64 terms, and then so is a sum of distances: |x - w| = 2 max(x, w) - x - w, and
+// the maximum runs on units that the multiplication leaves idle. Elsewhere distances go by eights
+// into 64-bit lanes, and products by pairs of 16 bits, which is exact.
+
+#include "program_kernels.h"
+
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define JADDER_AVX512 1
+#endif
+
+#if defined(JADDER_AVX512) && defined(__AVX512VNNI__)
+#define JADDER_PROGRAM_ISA avx512vnni
+#elif defined(JADDER_AVX512)
+#define JADDER_PROGRAM_ISA avx512
+#elif defined(__AVX2__) && defined(__FMA__)
+#define JADDER_PROGRAM_ISA avx2
+#else
+#define JADDER_PROGRAM_ISA baseline
+#endif
+
+#define JADDER_NAME_(isa) #isa
+#define JADDER_NAME(isa) JADDER_NAME_(isa)
+#define JADDER_INLINE inline __attribute__((always_inline))
+
+namespace jadder::JADDER_PROGRAM_ISA {
+namespace {
+
+template <typename T>
+JADDER_INLINE T LoadAs(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+// -- Vectors ---------------------------------------------------------------------------------------
+
+#if defined(JADDER_AVX512)
+
+using Vec = __m512i;
+JADDER_INLINE Vec LoadVec(const void* p) { return _mm512_loadu_si512(p); }
+JADDER_INLINE void StoreVec(void* p, Vec v) { _mm512_storeu_si512(p, v); }
+JADDER_INLINE Vec Broadcast32(int32_t v) { return _mm512_set1_epi32(v); }
+JADDER_INLINE Vec Broadcast64(int64_t v) { return _mm512_set1_epi64(v); }
+JADDER_INLINE Vec And(Vec a, Vec b) { return _mm512_and_si512(a, b); }
+JADDER_INLINE Vec ByteDown16(Vec a) { return _mm512_srli_epi16(a, 8); }
+JADDER_INLINE Vec Add32(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+JADDER_INLINE Vec Sub32(Vec a, Vec b) { return _mm512_sub_epi32(a, b); }
+JADDER_INLINE Vec Add64(Vec a, Vec b) { return _mm512_add_epi64(a, b); }
+JADDER_INLINE Vec PairProducts(Vec a, Vec b) { return _mm512_madd_epi16(a, b); }
+JADDER_INLINE Vec Distances(Vec a, Vec b) { return _mm512_sad_epu8(a, b); }
+JADDER_INLINE void StoreLow32(int32_t* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi64_epi32(0xff, v));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+using Vec = __m256i;
+JADDER_INLINE Vec LoadVec(const void* p) { return _mm256_loadu_si256(static_cast<const Vec*>(p)); }
+JADDER_INLINE void StoreVec(void* p, Vec v) { _mm256_storeu_si256(static_cast<Vec*>(p), v); }
+JADDER_INLINE Vec Broadcast32(int32_t v) { return _mm256_set1_epi32(v); }
+JADDER_INLINE Vec Broadcast64(int64_t v) { return _mm256_set1_epi64x(v); }
+JADDER_INLINE Vec And(Vec a, Vec b) { return _mm256_and_si256(a, b); }
+JADDER_INLINE Vec ByteDown16(Vec a) { return _mm256_srli_epi16(a, 8); }
+JADDER_INLINE Vec Add32(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
+JADDER_INLINE Vec Sub32(Vec a, Vec b) { return _mm256_sub_epi32(a, b); }
+JADDER_INLINE Vec Add64(Vec a, Vec b) { return _mm256_add_epi64(a, b); }
+JADDER_INLINE Vec PairProducts(Vec a, Vec b) { return _mm256_madd_epi16(a, b); }
+JADDER_INLINE Vec Distances(Vec a, Vec b) { return _mm256_sad_epu8(a, b); }
+JADDER_INLINE void StoreLow32(int32_t* p, Vec v) {
+  const Vec low = _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(low));
+}
+
+#elif defined(__SSE2__)
+
+using Vec = __m128i;
+JADDER_INLINE Vec LoadVec(const void* p) { return _mm_loadu_si128(static_cast<const Vec*>(p)); }
+JADDER_INLINE void StoreVec(void* p, Vec v) { _mm_storeu_si128(static_cast<Vec*>(p), v); }
+JADDER_INLINE Vec Broadcast32(int32_t v) { return _mm_set1_epi32(v); }
+JADDER_INLINE Vec Broadcast64(int64_t v) { return _mm_set1_epi64x(v); }
+JADDER_INLINE Vec And(Vec a, Vec b) { return _mm_and_si128(a, b); }
+JADDER_INLINE Vec ByteDown16(Vec a) { return _mm_srli_epi16(a, 8); }
+JADDER_INLINE Vec Add32(Vec a, Vec b) { return _mm_add_epi32(a, b); }
+JADDER_INLINE Vec Sub32(Vec a, Vec b) { return _mm_sub_epi32(a, b); }
+JADDER_INLINE Vec Add64(Vec a, Vec b) { return _mm_add_epi64(a, b); }
+JADDER_INLINE Vec PairProducts(Vec a, Vec b) { return _mm_madd_epi16(a, b); }
+JADDER_INLINE Vec Distances(Vec a, Vec b) { return _mm_sad_epu8(a, b); }
+JADDER_INLINE void StoreLow32(int32_t* p, Vec v) {
+  _mm_storel_epi64(reinterpret_cast<Vec*>(p), _mm_shuffle_epi32(v, _MM_SHUFFLE(2, 0, 2, 0)));
+}
+
+#endif
+
+// -- Products --------------------------------------------------------------------------------------
+
+// A product gives its sums' type, how it begins and ends them, and how it adds a group.
+
+#if defined(JADDER_AVX512) && defined(__AVX512VNNI__)
+
+template <bool kAdder>
+struct Bytes4 {
+  static constexpr int kGroup = 4, kColumns = 16, kWeightBytes = 1, kRows = kMostTileRows;
+  static constexpr bool kTakesMaximum = kAdder;
+  using Sums = Vec;
+
+  static void Pack(const uint8_t* weights, int64_t width, int64_t g, int64_t column,
+                   uint8_t* panel) {
+    for (int i = 0; i < 4; ++i) panel[(g * width + column) * 4 + i] = weights[i];
+  }
+  JADDER_INLINE static Sums Begin(const int32_t* start) { return LoadVec(start); }
+  JADDER_INLINE static void End(Sums sum, int32_t less, int32_t* out) {
+    StoreVec(out, kAdder ? Sub32(sum, Broadcast32(less)) : sum);
+  }
+  template <int kRows, int kVectors>
+  JADDER_INLINE static void AddGroup(const uint8_t* const (&row)[kRows], int64_t k,
+                                     const uint8_t* panel, Sums (&sum)[kRows][kVectors]) {
+    const Vec two = _mm512_set1_epi8(2);
+    Vec w[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) w[v] = LoadVec(panel + v * 64);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = Broadcast32(LoadAs<int32_t>(row[r] + k));
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = kAdder ? _mm512_dpbusd_epi32(sum[r][v], _mm512_max_epu8(x, w[v]), two)
+                           : _mm512_dpbusd_epi32(sum[r][v], x, w[v]);
+      }
+    }
+  }
+};
+
+using Adder = Bytes4<true>;
+using Multiply = Bytes4<false>;
+
+#elif defined(__SSE2__)
+
+struct Adder {
+  static constexpr int kGroup = 8, kColumns = sizeof(Vec) / 8, kWeightBytes = 1;
+  static constexpr int kRows = sizeof(Vec) == 64 ? kMostTileRows : 5;
+  static constexpr bool kTakesMaximum = false;
+  using Sums = Vec;
+
+  static void Pack(const uint8_t* weights, int64_t width, int64_t g, int64_t column,
+                   uint8_t* panel) {
+    for (int i = 0; i < 8; ++i) panel[(g * width + column) * 8 + i] = weights[i];
+  }
+  JADDER_INLINE static Sums Begin(const int32_t*) { return Broadcast32(0); }
+  JADDER_INLINE static void End(Sums sum, int32_t, int32_t* out) {
+    StoreLow32(out, sum);
+  }
+  template <int kRows, int kVectors>
+  JADDER_INLINE static void AddGroup(const uint8_t* const (&row)[kRows], int64_t k,
+                                     const uint8_t* panel, Sums (&sum)[kRows][kVectors]) {
+    Vec w[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) w[v] = LoadVec(panel + v * sizeof(Vec));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = Broadcast64(LoadAs<int64_t>(row[r] + k));
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Add64(sum[r][v], Distances(x, w[v]));
+    }
+  }
+};
+
+// Terms 0 and 2 of a group, then 1 and 3, as pairs of 16 bits.
+struct Multiply {
+  static constexpr int kGroup = 4, kColumns = sizeof(Vec) / 4, kWeightBytes = 2;
+  static constexpr int kRows = sizeof(Vec) == 64 ? kMostTileRows : 4;
+  static constexpr bool kTakesMaximum = false;
+  using Sums = Vec;
+
+  static void Pack(const uint8_t* weights, int64_t width, int64_t g, int64_t column,
+                   uint8_t* panel) {
+    for (int i = 0; i < 4; ++i) {
+      const int16_t wide = static_cast<int8_t>(weights[i]);
+      const int64_t at = ((g * 2 + i % 2) * width + column) * 2 + i / 2;
+      std::memcpy(panel + 2 * at, &wide, 2);
+    }
+  }
+  JADDER_INLINE static Sums Begin(const int32_t*) { return Broadcast32(0); }
+  JADDER_INLINE static void End(Sums sum, int32_t, int32_t* out) {
+    StoreVec(out, sum);
+  }
+  template <int kRows, int kVectors>
+  JADDER_INLINE static void AddGroup(const uint8_t* const (&row)[kRows], int64_t k,
+                                     const uint8_t* panel, Sums (&sum)[kRows][kVectors]) {
+    const Vec low = Broadcast32(0x00ff00ff);
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      Vec w[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        w[v] = LoadVec(panel + (odd * kVectors + v) * sizeof(Vec));
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec four = Broadcast32(LoadAs<int32_t>(row[r] + k));
+        const Vec x = odd ? ByteDown16(four) : And(four, low);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = Add32(sum[r][v], PairProducts(x, w[v]));
+      }
+    }
+  }
+};
+
+#else
+
+// One term at a time, in loops that compilers turn into vectors.
+template <bool kAdder>
+struct Terms {
+  static constexpr int kGroup = 1, kColumns = 16, kWeightBytes = 1, kRows = 4;
+  static constexpr bool kTakesMaximum = false;
+  struct Sums {
+    int32_t at[kColumns];
+  };
+
+  static void Pack(const uint8_t* weights, int64_t width, int64_t g, int64_t column,
+                   uint8_t* panel) {
+    panel[g * width + column] = weights[0];
+  }
+  JADDER_INLINE static Sums Begin(const int32_t*) { return {}; }
+  JADDER_INLINE static void End(const Sums& sum, int32_t, int32_t* out) {
+    std::memcpy(out, sum.at, sizeof(sum.at));
+  }
+  template <int kRows, int kVectors>
+  JADDER_INLINE static void AddGroup(const uint8_t* const (&row)[kRows], int64_t k,
+                                     const uint8_t* panel, Sums (&sum)[kRows][kVectors]) {
+    for (int r = 0; r < kRows; ++r) {
+      const int32_t x = row[r][k];
+      for (int v = 0; v < kVectors; ++v) {
+        for (int c = 0; c < kColumns; ++c) {
+          const uint8_t w = panel[v * kColumns + c];
+          const int32_t d = x - w;
+          sum[r][v].at[c] += kAdder ? (d < 0 ? -d : d) : x * static_cast<int8_t>(w);
+        }
+      }
+    }
+  }
+};
+
+using Adder = Terms<true>;
+using Multiply = Terms<false>;
+
+#endif
+
+constexpr int kVectors = 2;
+
+template <class Product, int kRows, int kVectors>
+__attribute__((noinline)) void Tile(const ProductTile& tile) {
+  typename Product::Sums sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = Product::Begin(tile.start + v * Product::kColumns);
+    }
+  }
+  constexpr int64_t kPanelGroup =
+      kVectors * Product::kColumns * Product::kGroup * Product::kWeightBytes;
+  const uint8_t* panel = tile.panel;
+  for (int64_t i = 0; i < tile.num_runs; ++i) {
+    const uint8_t* row[kRows];  // rows share one counter: there is no register to spare
+    const int64_t end = tile.runs[i].offset + tile.runs[i].length;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) row[r] = tile.rows[r] + end;
+    for (int64_t k = -tile.runs[i].length; k < 0; k += Product::kGroup, panel += kPanelGroup) {
+      Product::AddGroup(row, k, panel, sum);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const int32_t less = tile.less == nullptr ? 0 : tile.less[r];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      Product::End(sum[r][v], less, tile.sums + r * tile.sums_stride + v * Product::kColumns);
+    }
+  }
+}
+
+// Tables by number of rows, from 1.
+struct Tiles {
+  void (*at[kMostTileRows])(const ProductTile&);
+};
+template <class Product, int kVectors, int... kLess>
+constexpr Tiles MakeTiles(std::integer_sequence<int, kLess...>) {
+  return {{Tile<Product, kLess + 1, kVectors>...}};
+}
+
+template <class Product>
+void RunProduct(int rows, int vectors, const ProductTile& tile) {
+  constexpr auto kAll = std::make_integer_sequence<int, Product::kRows>{};
+  static constexpr Tiles kOne = MakeTiles<Product, 1>(kAll), kTwo = MakeTiles<Product, 2>(kAll);
+  (vectors == 1 ? kOne : kTwo).at[rows - 1](tile);
+}
+
+template <class Product>
+constexpr ProgramProduct MakeProduct() {
+  return {Product::kGroup,       Product::kColumns,      kVectors,      Product::kRows,
+          Product::kWeightBytes, Product::kTakesMaximum, Product::Pack, RunProduct<Product>};
+}
+
+// -- Requantization --------------------------------------------------------------------------------
+
+#if defined(JADDER_AVX512)
+
+JADDER_INLINE __mmask16 First(int64_t count) {
+  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
+}
+
+// The constants of 16 columns.
+struct Columns {
+  Vec multiplier, odd_multiplier, narrow_bias, even_bias, odd_bias;
+
+  JADDER_INLINE Columns(const RequantizeTile& tile, int64_t c)
+      : multiplier(LoadVec(tile.multiplier + c)), odd_multiplier(_mm512_srli_epi64(multiplier, 32)) {
+    if (tile.narrow) {
+      narrow_bias = LoadVec(tile.narrow_bias + c);
+      return;
+    }
+    const Vec first = LoadVec(tile.bias + c), second = LoadVec(tile.bias + c + 8);
+    const Vec even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    even_bias = _mm512_permutex2var_epi64(first, even, second);
+    odd_bias = _mm512_permutex2var_epi64(first, Add64(even, _mm512_set1_epi64(1)), second);
+  }
+};
+
+JADDER_INLINE Vec ResidualBytes(const RequantizeTile& tile, int64_t i, int r, int64_t c,
+                                __mmask16 used) {
+  const uint8_t* row = tile.residual_rows[i * tile.residual_stride + r] + tile.column + c;
+  return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(used, row));
+}
+
+JADDER_INLINE Vec NarrowResults(const RequantizeTile& tile, const Columns& columns, Vec sum, int r,
+                                int64_t c, __mmask16 used) {
+  Vec value = Add32(_mm512_mullo_epi32(sum, columns.multiplier), columns.narrow_bias);
+  for (int64_t i = 0; i < tile.num_residuals; ++i) {
+    const Vec q = ResidualBytes(tile, i, r, c, used);
+    value = Add32(value, _mm512_mullo_epi32(q, Broadcast32(tile.residuals[i].whole)));
+  }
+  value = _mm512_sra_epi32(value, _mm_cvtsi32_si128(tile.shift));
+  value = _mm512_max_epi32(value, Broadcast32(tile.low));
+  return _mm512_min_epi32(value, Broadcast32(tile.high));
+}
+
+JADDER_INLINE Vec WideResults(const RequantizeTile& tile, const Columns& columns, Vec sum, int r,
+                              int64_t c, __mmask16 used) {
+  Vec even = Add64(_mm512_mul_epi32(sum, columns.multiplier), columns.even_bias);
+  Vec odd = Add64(_mm512_mul_epi32(_mm512_srli_epi64(sum, 32), columns.odd_multiplier),
+                  columns.odd_bias);
+  for (int64_t i = 0; i < tile.num_residuals; ++i) {
+    const Vec q = ResidualBytes(tile, i, r, c, used);
+    const Vec multiplier = Broadcast64(tile.residuals[i].multiplier);
+    const __m128i shift = _mm_cvtsi32_si128(tile.residuals[i].left_shift);
+    even = Add64(even, _mm512_sll_epi64(_mm512_mul_epi32(q, multiplier), shift));
+    const Vec odd_q = _mm512_srli_epi64(q, 32);
+    odd = Add64(odd, _mm512_sll_epi64(_mm512_mul_epi32(odd_q, multiplier), shift));
+  }
+  const __m128i shift = _mm_cvtsi32_si128(tile.shift);
+  const Vec low = Broadcast64(tile.low), high = Broadcast64(tile.high);
+  even = _mm512_min_epi64(_mm512_max_epi64(_mm512_sra_epi64(even, shift), low), high);
+  odd = _mm512_min_epi64(_mm512_max_epi64(_mm512_sra_epi64(odd, shift), low), high);
+  return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
+
+template <bool kNarrow>
+void RequantizeRows(const RequantizeTile& tile) {
+  for (int64_t c = 0; c < tile.stored; c += 16) {
+    const Columns columns(tile, c);
+    const __mmask16 used = First(tile.used - c), stored = First(tile.stored - c);
+    const int64_t at = tile.column + c;
+    for (int r = 0; r < tile.rows; ++r) {
+      const Vec sum = LoadVec(tile.sums + r * tile.sums_stride + c);
+      const Vec q = kNarrow ? NarrowResults(tile, columns, sum, r, c, used)
+                            : WideResults(tile, columns, sum, r, c, used);
+      if (tile.wide_out != nullptr) {
+        _mm512_mask_storeu_epi32(tile.wide_out[r] + at, used, q);
+      } else if (used == 0xffff) {  // not by a mask, which slows stores down
+        const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, q);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(tile.out[r] + at), bytes);
+      } else {
+        _mm_mask_storeu_epi8(tile.out[r] + at, stored, _mm512_maskz_cvtepi32_epi8(used, q));
+      }
+    }
+  }
+}
+
+void Requantize(const RequantizeTile& tile) {
+  tile.narrow ? RequantizeRows<true>(tile) : RequantizeRows<false>(tile);
+}
+
+#else
+
+JADDER_INLINE int32_t Within(int64_t value, int32_t low, int32_t high) {
+  return static_cast<int32_t>(value < low ? low : value > high ? high : value);
+}
+
+// A few columns at a time: values in a buffer, of int32 or int64, so that compilers find vectors.
+template <typename T, typename Unsigned>
+void RequantizeRows(const RequantizeTile& tile) {
+  constexpr int64_t kBlock = 64;
+  constexpr bool kNarrow = sizeof(T) == 4;
+  Unsigned value[kBlock];
+  for (int r = 0; r < tile.rows; ++r) {
+    for (int64_t begin = 0; begin < tile.used; begin += kBlock) {
+      const int64_t count = tile.used - begin < kBlock ? tile.used - begin : kBlock;
+      const int64_t first = tile.column + begin;
+      const int32_t* sums = tile.sums + r * tile.sums_stride + begin;
+      const int32_t* multiplier = tile.multiplier + begin;
+      for (int64_t c = 0; c < count; ++c) {
+        value[c] = static_cast<Unsigned>(static_cast<T>(sums[c])) *
+                   static_cast<Unsigned>(static_cast<T>(multiplier[c]));
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        value[c] += static_cast<Unsigned>(kNarrow ? tile.narrow_bias[begin + c]
+                                                  : tile.bias[begin + c]);
+      }
+      for (int64_t i = 0; i < tile.num_residuals; ++i) {
+        const uint8_t* row = tile.residual_rows[i * tile.residual_stride + r] + first;
+        const TileResidual& each = tile.residuals[i];
+        const Unsigned whole =
+            kNarrow ? static_cast<Unsigned>(each.whole)
+                    : static_cast<Unsigned>(static_cast<T>(each.multiplier)) << each.left_shift;
+        for (int64_t c = 0; c < count; ++c) value[c] += row[c] * whole;
+      }
+      if (tile.wide_out != nullptr) {
+        for (int64_t c = 0; c < count; ++c) {
+          tile.wide_out[r][first + c] =
+              Within(static_cast<T>(value[c]) >> tile.shift, tile.low, tile.high);
+        }
+      } else {
+        for (int64_t c = 0; c < count; ++c) {
+          tile.out[r][first + c] = static_cast<uint8_t>(
+              Within(static_cast<T>(value[c]) >> tile.shift, tile.low, tile.high));
+        }
+      }
+    }
+    if (tile.wide_out == nullptr) {
+      for (int64_t c = tile.used; c < tile.stored; ++c) tile.out[r][tile.column + c] = 0;
+    }
+  }
+}
+
+void Requantize(const RequantizeTile& tile) {
+  if (tile.narrow) {
+    RequantizeRows<int32_t, uint32_t>(tile);
+  } else {
+    RequantizeRows<int64_t, uint64_t>(tile);
+  }
+}
+
+#endif
+
+// -- Sums of x -------------------------------------------------------------------------------------
+
+void SumsOfEight(const uint8_t* first, int64_t step, int64_t rows, int64_t bytes, int32_t* sums) {
+  int64_t k = 0;
+#if defined(JADDER_AVX512)
+  for (; k < bytes; k += 64) {
+    const __mmask64 mask = bytes - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (bytes - k)) - 1;
+    Vec sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vec row = _mm512_maskz_loadu_epi8(mask, first + i * step + k);
+      sum = Add64(sum, Distances(row, _mm512_setzero_si512()));
+    }
+    _mm256_mask_storeu_epi32(sums + k / 8, First((bytes - k) / 8), _mm512_cvtepi64_epi32(sum));
+  }
+#endif
+  for (; k < bytes; k += 8) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = k; j < k + 8; ++j) sum += first[i * step + j];
+    }
+    sums[k / 8] = sum;
+  }
+}
+
+constexpr int kPitch = Adder::kGroup > Multiply::kGroup ? Adder::kGroup : Multiply::kGroup;
+
+}  // namespace
+
+const ProgramKernels kProgramKernels = {
+    JADDER_NAME(JADDER_PROGRAM_ISA), kPitch,     MakeProduct<Adder>(),
+    MakeProduct<Multiply>(),         Requantize, SumsOfEight};
+
+}  // namespace jadder::JADDER_PROGRAM_ISA
