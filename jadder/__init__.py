@@ -7,6 +7,8 @@ those that most programs need.
 
 from jadder import annealing, models, nn, ops, optim, rules
 from jadder.annealing import set_l1_share
+from jadder.checks import check_model
+from jadder.conversion import adderize, set_implementation
 from jadder.implementations import implementations
 from jadder.nn import (
     AdderAttention,
@@ -19,7 +21,6 @@ from jadder.nn import (
     EuclidLinear,
     ScaledAdderLinear,
     adder_mask,
-    adderize,
 )
 from jadder.ops import (
     adder_conv,
@@ -35,6 +36,7 @@ from jadder.ops import (
 )
 from jadder.optim import adder_adamw, adder_sgd, scale_by_adder
 from jadder.rules import ADDER_VIT, ADDERNET, SIGN, GradientRule
+from jadder.warning import AdderWarning
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ __all__ = [
     "AdderConvTranspose",
     "AdderKernel",
     "AdderLinear",
+    "AdderWarning",
     "EuclidConv",
     "EuclidConvTranspose",
     "EuclidLinear",
@@ -62,6 +65,7 @@ __all__ = [
     "adder_sgd",
     "adderize",
     "annealing",
+    "check_model",
     "euclid_conv",
     "euclid_conv_general_dilated",
     "euclid_dot_general",
@@ -74,5 +78,6 @@ __all__ = [
     "optim",
     "rules",
     "scale_by_adder",
+    "set_implementation",
     "set_l1_share",
 ]

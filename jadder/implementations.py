@@ -77,11 +77,7 @@ def select(
     Raises:
       ValueError: an implementation that there is not, or that cannot do it.
     """
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(
-            f"{name}: implementation must be None or one of {sorted(get_args(Implementation))}, "
-            f"got {implementation!r}"
-        )
+    check_implementation(name, implementation)
     if implementation in ("xla", "reference"):
         return _KERNELS[implementation]
     if implementation in _MOSAIC:
@@ -96,6 +92,19 @@ def select(
     if implementation is None:
         return _KERNELS["xla"]
     raise ValueError(f"{name}: implementation={implementation!r} cannot be used: {refusal}")
+
+
+def check_implementation(name: str, implementation: str | None) -> None:
+    """Refuses a name that no implementation has; whether it can be used here is `select`'s to say.
+
+    Raises:
+      ValueError: with the names that there are.
+    """
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"{name}: implementation must be None or one of {sorted(get_args(Implementation))}, "
+            f"got {implementation!r}"
+        )
 
 
 def _mosaic(name: str) -> Any:

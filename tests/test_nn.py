@@ -225,6 +225,7 @@ class Zoo(nnx.Module):
         return self.head(x)
 
 
+@pytest.mark.filterwarnings("ignore:adderize. no normalisation:jadder.AdderWarning")
 class TestAdderize:
     def test_every_product_changes_and_the_model_given_does_not(self):
         zoo = Zoo(nnx.Rngs(0))
