@@ -124,7 +124,7 @@ def adderize(
         check_rule("adderize", rule)
     check_implementation("adderize", implementation)
     model = nnx.clone(model)
-    options = {"rule": rule, "implementation": implementation}
+    options: dict[str, Any] = {"rule": rule, "implementation": implementation}
     chosen = {name: value for name, value in options.items() if value is not None}
     modules: list[tuple[tuple[Any, ...], Any]] = list(nnx.iter_modules(model))
     selected = {}
@@ -137,13 +137,13 @@ def adderize(
     if not selected and not held:
         raise ValueError("adderize: no product of the model was selected; nothing to change")
 
-    narrow = _inside_of(model, nnx.MultiHeadAttention, nnx.RNNCellBase)
+    of_one_dtype = _inside_of(model, nnx.MultiHeadAttention, nnx.RNNCellBase)
     for path, (layer, name, product) in selected.items():
         _change_class(path, layer)
         setattr(layer, name, product(**chosen))
         if getattr(layer, "dot_general_cls", None) is not None:
             layer.dot_general_cls = None
-        if path not in narrow and not isinstance(layer.kernel, AdderKernel):
+        if path not in of_one_dtype and not isinstance(layer.kernel, AdderKernel):
             _widen_result(layer)
         if kernel_init is not None and rngs is not None:
             _draw_kernel(layer, kernel_init, rngs)
@@ -228,7 +228,8 @@ def _change_class(path: tuple[Any, ...], layer: nnx.Module) -> None:
         )
 
 
-def _replace(product: AdderProduct | MixedProduct, **chosen: Any) -> AdderProduct | MixedProduct:
+def _replace(product: Any, **chosen: Any) -> Any:
+    """An adder product with another rule or implementation, at the share that it has."""
     if isinstance(product, MixedProduct):
         return dataclasses.replace(product, adder=_replace(product.adder, **chosen))
     return dataclasses.replace(product, **chosen)
@@ -247,7 +248,8 @@ def _draw_kernel(layer: Any, kernel_init: Initializer, rngs: nnx.Rngs) -> None:
 
 
 def _convert_norm(layer: Any) -> None:
-    """A normalisation of Flax with the arithmetic of `jadder.models`, values and epsilon kept."""
+    """Gives a normalisation of Flax the arithmetic of `jadder.models`, values and epsilon kept."""
+    kind = type(layer)
     if isinstance(layer, BatchNorm | LayerNorm) or not hasattr(layer, "use_fast_variance"):
         return
     layer.use_fast_variance = False
@@ -255,8 +257,8 @@ def _convert_norm(layer: Any) -> None:
         layer.momentum = 0.9
     if layer.promote_dtype is dtypes.promote_dtype:
         layer.promote_dtype = promote_to_float32
-    if type(layer) is nnx.BatchNorm:
-        object.__setattr__(layer, "__class__", BatchNorm)
+    if kind is nnx.BatchNorm:
         layer.center_features = False
-    elif type(layer) is nnx.LayerNorm:
+        object.__setattr__(layer, "__class__", BatchNorm)
+    elif kind is nnx.LayerNorm:
         object.__setattr__(layer, "__class__", LayerNorm)

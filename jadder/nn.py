@@ -115,7 +115,7 @@ class MaskedConv(nnx.Conv):
         if self.mask is None:
             return super().__call__(inputs, out_sharding)
         masked = functools.partial(self.conv_general_dilated, mask=self.mask)
-        layer = types.SimpleNamespace(**{**vars(self), "conv_general_dilated": masked})
+        layer: Any = types.SimpleNamespace(**{**vars(self), "conv_general_dilated": masked})
         return nnx.Conv.__call__(layer, inputs, out_sharding)
 
 

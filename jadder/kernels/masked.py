@@ -6,7 +6,7 @@ included, changes neither the adder products nor their gradients by a single bit
 
 The kernel's gradient at a tap depends on that tap alone, so any implementation's will do, with
 zeros put in. The forward product and the input's gradient are the loops of `jadder.kernels.xla`
-over kernels that carry ``seen`` beside them as further lanes.
+over kernels that carry ``seen`` beside them as further groups.
 """
 
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def conv(x: Array, w: Array, seen: Array, spec: ConvSpec, *, out_dtype: DTypeLik
     magnitude = magnitude.reshape(-1, 1, groups, w.shape[-1] // groups)
 
     def term(row: Array, lane: Array) -> Array:
-        lane, part = jnp.split(lane, 2, axis=-1)
+        lane, part = jnp.split(lane, 2, axis=-2)
         return jnp.where(part != 0, -jnp.abs(row - lane), 0)
 
     def phase_sum(source: Array, phase: Targets) -> Array:
@@ -68,7 +68,7 @@ def conv_dx(
         target = x[(slice(None), *every)].astype(out_dtype)
 
         def term(row: Array, lane: Array) -> Array:
-            lane, part = jnp.split(lane, 2, axis=-1)
+            lane, part = jnp.split(lane, 2, axis=-2)
             return jnp.where(part != 0, clip(lane - target) * row, 0)
 
         dx = zeros_like_operands(target.shape, out_dtype, x, w, seen, g)
@@ -118,5 +118,5 @@ def euclid_conv(
 
 
 def _with_seen(w: Array, seen: Array) -> Array:
-    """w's lanes, then as many of zeros and ones."""
-    return jnp.concatenate([w, seen.astype(w.dtype)], axis=-1)
+    """w's groups, then as many of zeros and ones, which its lanes have at the same place."""
+    return jnp.concatenate([w, seen.astype(w.dtype)], axis=-2)

@@ -1,6 +1,7 @@
 """Statistics of batch normalisations, estimated anew from data."""
 
 import functools
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -50,9 +51,8 @@ def update_statistics(
     norms = _norms(model)
     if not norms:
         return
-    graphdef, statistics, streams, others = nnx.split(
-        _pooling_copy(model), nnx.BatchStat, nnx.RngState, ...
-    )
+    graphdef, *states = nnx.split(_pooling_copy(model), nnx.BatchStat, nnx.RngState, ...)
+    statistics, streams, others = states
 
     @jax.jit
     def pool(statistics: Any, streams: Any, batch: Any) -> tuple[Any, Any]:
@@ -113,15 +113,16 @@ class _Pooling(nnx.BatchNorm):
 
 
 @functools.cache
-def _pooling_class(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
-    return type(kind)(f"Pooling{kind.__name__}", (_Pooling, kind), {})
+def _pooling_class(kind: type[Any]) -> type[Any]:
+    return types.new_class(f"Pooling{kind.__name__}", (_Pooling, kind))
 
 
 def _pooling_copy(model: nnx.Module) -> nnx.Module:
     copy = nnx.clone(model)
     copy.train()
     for norm in _norms(copy).values():
-        object.__setattr__(norm, "__class__", _pooling_class(type(norm)))
+        kind: Any = type(norm)
+        object.__setattr__(norm, "__class__", _pooling_class(kind))
         norm.momentum = 0.0
         norm.use_fast_variance = False
         for variable in (norm.mean, norm.var):
