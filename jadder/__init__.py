@@ -7,8 +7,10 @@ those that most programs need.
 
 from jadder import annealing, integer, models, nn, ops, optim, rules
 from jadder.annealing import set_l1_share
+from jadder.checks import check_model
+from jadder.conversion import adderize, set_implementation
 from jadder.implementations import implementations
-from jadder.integer import IntegerProgram, quantize
+from jadder.integer import IntegerProgram, export_hex, fake_quantize, quantize
 from jadder.nn import (
     AdderAttention,
     AdderConv,
@@ -20,7 +22,6 @@ from jadder.nn import (
     EuclidLinear,
     ScaledAdderLinear,
     adder_mask,
-    adderize,
 )
 from jadder.ops import (
     adder_conv,
@@ -36,6 +37,7 @@ from jadder.ops import (
 )
 from jadder.optim import adder_adamw, adder_sgd, scale_by_adder
 from jadder.rules import ADDER_VIT, ADDERNET, SIGN, GradientRule
+from jadder.warning import AdderWarning
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ __all__ = [
     "AdderConvTranspose",
     "AdderKernel",
     "AdderLinear",
+    "AdderWarning",
     "EuclidConv",
     "EuclidConvTranspose",
     "EuclidLinear",
@@ -64,11 +67,14 @@ __all__ = [
     "adder_sgd",
     "adderize",
     "annealing",
+    "check_model",
     "euclid_conv",
     "euclid_conv_general_dilated",
     "euclid_dot_general",
     "euclid_einsum",
     "euclid_matmul",
+    "export_hex",
+    "fake_quantize",
     "implementations",
     "integer",
     "models",
@@ -78,5 +84,6 @@ __all__ = [
     "quantize",
     "rules",
     "scale_by_adder",
+    "set_implementation",
     "set_l1_share",
 ]

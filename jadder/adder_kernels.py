@@ -140,7 +140,7 @@ def mark_kernel(layer: Any) -> None:
     """Makes the kernel of one of Flax's layers an `AdderKernel`."""
     if not isinstance(layer.kernel, AdderKernel):
         metadata = {"layer_shape": layer_shape(layer)} | layer.kernel.get_metadata()
-        layer.kernel = AdderKernel(layer.kernel[...], **metadata)
+        layer.kernel = AdderKernel(layer.kernel.get_value(), **metadata)
 
 
 def has_adder_product(layer: Any) -> bool:

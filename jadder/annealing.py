@@ -5,44 +5,12 @@ which side of it. A network that begins with the one and ends with the other nee
 what any adder network needs.
 """
 
-import dataclasses
 import math
-from typing import Any
 
 from flax import nnx
-from jax import Array
 
-from jadder import ops
-from jadder.adder_kernels import AdderOperator
-from jadder.nn import AdderConvGeneralDilated, AdderDotGeneral, AdderEinsum
-
-AdderProduct = AdderDotGeneral | AdderConvGeneralDilated | AdderEinsum
-
-_EUCLID: dict[type[Any], Any] = {
-    AdderDotGeneral: ops.euclid_dot_general,
-    AdderConvGeneralDilated: ops.euclid_conv_general_dilated,
-    AdderEinsum: ops.euclid_einsum,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class MixedProduct(AdderOperator):
-    """-Σ(l1_share · |x - w| + (1 - l1_share) · (x - w)²/2), in place of an adder product.
-
-    Its gradient with respect to the kernel is the full-precision rule's at any share, if that is
-    the adder product's rule; that with respect to the input goes from w - x to ψ_x(w - x).
-
-    Attributes:
-      adder: the product whose place it takes.
-      l1_share: between 0 and 1.
-    """
-
-    adder: AdderProduct
-    l1_share: float
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        y: Array = (0.5 * (1 - self.l1_share)) * _EUCLID[type(self.adder)](*args, **kwargs)
-        return y if self.l1_share == 0 else y + self.l1_share * self.adder(*args, **kwargs)
+from jadder.products import MixedProduct as MixedProduct
+from jadder.products import adder_products
 
 
 def set_l1_share(model: nnx.Module, l1_share: float) -> None:
@@ -74,13 +42,9 @@ def set_l1_share(model: nnx.Module, l1_share: float) -> None:
     """
     if not (math.isfinite(l1_share) and 0 <= l1_share <= 1):
         raise ValueError(f"l1_share must be between 0 and 1, got {l1_share}")
-    changed = 0
-    for _, module in list(nnx.iter_modules(model)):
-        for name, value in list(vars(module).items()):
-            if not isinstance(value, AdderProduct | MixedProduct):
-                continue
-            adder = value.adder if isinstance(value, MixedProduct) else value
-            setattr(module, name, adder if l1_share == 1 else MixedProduct(adder, l1_share))
-            changed += 1
-    if not changed:
+    places = adder_products(model)
+    if not places:
         raise ValueError("set_l1_share: the model has no adder products")
+    for _, module, attribute, product in places:
+        adder = product.adder if isinstance(product, MixedProduct) else product
+        setattr(module, attribute, adder if l1_share == 1 else MixedProduct(adder, l1_share))

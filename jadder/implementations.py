@@ -1,10 +1,12 @@
 """The implementations of the adder products: which there are, and which one a call gets."""
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 
 from jadder.kernels import cpu, reference, xla
@@ -12,6 +14,7 @@ from jadder.kernels.by_platform import ByPlatform
 from jadder.kernels.interface import Kernels
 from jadder.kernels.partitioned import Partitioned
 from jadder.kernels.spec import ConvSpec
+from jadder.warning import AdderWarning
 
 Implementation = Literal["xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "reference"]
 
@@ -77,11 +80,7 @@ def select(
     Raises:
       ValueError: an implementation that there is not, or that cannot do it.
     """
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(
-            f"{name}: implementation must be None or one of {sorted(get_args(Implementation))}, "
-            f"got {implementation!r}"
-        )
+    check_implementation(name, implementation)
     if implementation in ("xla", "reference"):
         return _KERNELS[implementation]
     if implementation in _MOSAIC:
@@ -94,8 +93,35 @@ def select(
     if refusal is None:
         return kernels
     if implementation is None:
+        if cpu.unsupported(dtype, spec, out_dtype) is None:
+            _say_why_not_native()
         return _KERNELS["xla"]
     raise ValueError(f"{name}: implementation={implementation!r} cannot be used: {refusal}")
+
+
+def _say_why_not_native() -> None:
+    """Warns where the best would be native code; Python shows a warning of one line but once."""
+    missing = cpu.unavailable()
+    if missing is not None and jax.default_backend() == "cpu":
+        warnings.warn(
+            f"the adder products run without native code, several times slower: {missing} "
+            "(jadder.implementations() says what there is)",
+            AdderWarning,
+            stacklevel=1,
+        )
+
+
+def check_implementation(name: str, implementation: str | None) -> None:
+    """Refuses a name that no implementation has; whether it can be used here is `select`'s to say.
+
+    Raises:
+      ValueError: with the names that there are.
+    """
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"{name}: implementation must be None or one of {sorted(get_args(Implementation))}, "
+            f"got {implementation!r}"
+        )
 
 
 def _mosaic(name: str) -> Any:

@@ -8,9 +8,10 @@ Adder kernels are `AdderKernel` variables. ``nnx.state(model, AdderKernel)`` sel
 `adder_mask` marks them among the parameters for an optimizer (`jadder.masks` says how).
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,70 +22,36 @@ from jax import Array, lax
 
 from jadder import ops
 from jadder.adder_kernels import AdderKernel as AdderKernel
-from jadder.adder_kernels import AdderOperator, mark_kernel
+from jadder.adder_kernels import mark_kernel
 from jadder.implementations import Implementation
 from jadder.masks import adder_mask as adder_mask
+from jadder.products import AdderConvGeneralDilated as AdderConvGeneralDilated
+from jadder.products import AdderDotGeneral as AdderDotGeneral
+from jadder.products import AdderEinsum as AdderEinsum
 from jadder.rules import ADDER_VIT, ADDERNET, GradientRule
 
-Where = Callable[[tuple[Any, ...], nnx.Module], bool]
+if TYPE_CHECKING:
+    from jadder.conversion import adderize as adderize
+
+_NO_METADATA: Mapping[str, Any] = types.MappingProxyType({})
 
 default_kernel_init = nnx.initializers.normal(stddev=1.0)
 default_bias_init = nnx.initializers.zeros_init()
 
 
-@dataclasses.dataclass(frozen=True)
-class AdderDotGeneral(AdderOperator):
-    """`jadder.ops.adder_dot_general` with its rule and implementation, for ``nnx.Linear``.
+_Arrays = TypeVar("_Arrays", bound=tuple[Any, ...])
 
-    Unlike a ``functools.partial``, two of these with the same fields are equal, so a model whose
-    layers have one each compiles once.
 
-    Example:
-      >>> from flax import nnx
-      >>> layer = nnx.Linear(3, 4, dot_general=AdderDotGeneral(), rngs=nnx.Rngs(0))
+def promote_to_float32(arrays: _Arrays, /, *, dtype: Any = None, inexact: bool = True) -> _Arrays:
+    """Promotes ``arrays`` to one dtype of at least float32, whatever dtype the result will have.
+
+    As a Flax normalisation's ``promote_dtype``: it then computes in that dtype and rounds to its
+    own at the end.
     """
-
-    rule: GradientRule = ADDERNET
-    implementation: Implementation | None = None
-
-    def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-        kwargs |= {"rule": self.rule, "implementation": self.implementation}
-        return ops.adder_dot_general(lhs, rhs, *args, **kwargs)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdderConvGeneralDilated(AdderOperator):
-    """`jadder.ops.adder_conv_general_dilated` with its rule and implementation, for ``nnx.Conv``.
-
-    Example:
-      >>> from flax import nnx
-      >>> conv = AdderConvGeneralDilated(implementation="xla")
-      >>> layer = nnx.Conv(3, 4, (3, 3), conv_general_dilated=conv, rngs=nnx.Rngs(0))
-    """
-
-    rule: GradientRule = ADDERNET
-    implementation: Implementation | None = None
-
-    def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-        kwargs |= {"rule": self.rule, "implementation": self.implementation}
-        return ops.adder_conv_general_dilated(lhs, rhs, *args, **kwargs)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdderEinsum(AdderOperator):
-    """`jadder.ops.adder_einsum` with its rule and implementation, for ``nnx.Einsum``.
-
-    Example:
-      >>> from flax import nnx
-      >>> layer = nnx.Einsum("nta,ab->ntb", (2, 4), einsum_op=AdderEinsum(), rngs=nnx.Rngs(0))
-    """
-
-    rule: GradientRule = ADDERNET
-    implementation: Implementation | None = None
-
-    def __call__(self, subscripts: str, x: Array, kernel: Array, **kwargs: Any) -> Array:
-        kwargs |= {"rule": self.rule, "implementation": self.implementation}
-        return ops.adder_einsum(subscripts, x, kernel, **kwargs)
+    del dtype
+    present = [array.dtype for array in arrays if array is not None]
+    wide = jnp.result_type(jnp.float32, *present)
+    return dtypes.promote_dtype(arrays, dtype=wide, inexact=inexact)
 
 
 class AdderLinear(nnx.Linear):
@@ -131,7 +98,27 @@ class AdderLinear(nnx.Linear):
         mark_kernel(self)
 
 
-class AdderConv(nnx.Conv):
+class MaskedConv(nnx.Conv):
+    """``nnx.Conv`` with a product of distances, which is told the mask.
+
+    Flax multiplies the kernel with the mask. To a distance a zero in the kernel is one like others.
+    """
+
+    def __init__(self, *args: Any, mask: Array | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, mask=mask, **kwargs)
+        if mask is not None:
+            ops.check_mask(jnp.shape(mask), self.kernel_shape)
+
+    def __call__(self, inputs: Array, out_sharding: ops.OutSharding = None) -> Array:
+        """Applies the convolution to (..., *spatial, in_features)."""
+        if self.mask is None:
+            return super().__call__(inputs, out_sharding)
+        masked = functools.partial(self.conv_general_dilated, mask=self.mask)
+        layer: Any = types.SimpleNamespace(**{**vars(self), "conv_general_dilated": masked})
+        return nnx.Conv.__call__(layer, inputs, out_sharding)
+
+
+class AdderConv(MaskedConv):
     """``nnx.Conv`` with the adder product; the zeros of the padding take part in the sums.
 
     Args:
@@ -144,7 +131,11 @@ class AdderConv(nnx.Conv):
       rule: how the product differentiates.
       implementation: which kernels compute it, as in `jadder.ops`.
       rngs: where the kernel's initial values are drawn from.
-      **kwargs: the other arguments of ``nnx.Conv``.
+      **kwargs: the other arguments of ``nnx.Conv``. Taps at which ``mask``, of the kernel's shape,
+        is 0 take no part in the sums; XLA's loops compute what has a mask, on any platform.
+
+    Raises:
+      TypeError, ValueError: a rule, an implementation or a mask that cannot be.
 
     Example:
       >>> import jax.numpy as jnp
@@ -186,12 +177,21 @@ class _ConvTranspose(nnx.ConvTranspose):
 
     conv_general_dilated: Callable[..., Array]
 
+    def __init__(self, *args: Any, mask: Array | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, mask=mask, **kwargs)
+        if mask is not None:
+            ops.check_mask(jnp.shape(mask), self.kernel_shape)
+
     def __call__(self, inputs: Array) -> Array:
         """Applies the transposed convolution to (..., *spatial, in_features)."""
         rank = len(self.kernel_size)
-        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
+        kernel, mask = self.kernel[...], self.mask
+        if mask is not None:
+            ops.check_mask(jnp.shape(mask), self.kernel_shape)
+            kernel = kernel * mask
         if self.transpose_kernel:
-            kernel = jnp.swapaxes(jnp.flip(kernel, range(rank)), -1, -2)
+            kernel = _flip(kernel)
+            mask = None if mask is None else _flip(mask)
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
 
@@ -208,9 +208,10 @@ class _ConvTranspose(nnx.ConvTranspose):
             dimension_numbers=_channels_last(rank),
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
+            **({} if mask is None else {"mask": mask}),
         )
         y = y.reshape(*batch, *y.shape[1:])
-        return y if bias is None else y + bias
+        return y if bias is None else y + _leading(bias, y)
 
 
 class AdderConvTranspose(_ConvTranspose):
@@ -289,7 +290,7 @@ class EuclidLinear(nnx.Linear):
         )
 
 
-class EuclidConv(nnx.Conv):
+class EuclidConv(MaskedConv):
     """``nnx.Conv`` with the Euclid product.
 
     Arguments are those of ``nnx.Conv``, with `AdderConv`'s defaults.
@@ -374,16 +375,24 @@ class ScaledAdderLinear(nnx.Module):
       in_features: the size of the input's last dimension.
       out_features: the size of the output's.
       use_bias: whether b is there.
-      dtype: of the computation; None infers it from the input and the parameters.
+      dtype: of the computation; None infers it from the input and the parameters. The product, far
+        from zero, is kept in at least float32 until F and b have been applied to it.
       param_dtype: of the parameters.
       precision: of matrix products inside, as in `jadder.ops`.
       kernel_init: of W.
       bias_init: of b.
       promote_dtype: Flax's promotion function, or one's own.
-      preferred_element_type: dtype of the product, and so of the result.
+      preferred_element_type: dtype of the result; None: that of the computation.
       rule: how the product differentiates; HardTanh(4d) for the input by default.
       implementation: which kernels compute it, as in `jadder.ops`.
       rngs: where the kernel's initial values are drawn from.
+      kernel_metadata: of W's variable, e.g. ``{"out_sharding": (None, "model")}``.
+      bias_metadata: of b's.
+      input_scale_metadata: of E's.
+      output_scale_metadata: of F's.
+
+    Raises:
+      TypeError, ValueError: a rule or implementation that there is not.
 
     Example:
       >>> import jax.numpy as jnp
@@ -409,15 +418,21 @@ class ScaledAdderLinear(nnx.Module):
         rule: GradientRule = ADDER_VIT,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = _NO_METADATA,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        input_scale_metadata: Mapping[str, Any] = _NO_METADATA,
+        output_scale_metadata: Mapping[str, Any] = _NO_METADATA,
     ) -> None:
         self.kernel = AdderKernel(
-            kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+            kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata
         )
-        self.input_scale = nnx.Param(jnp.ones(in_features, param_dtype))
-        self.output_scale = nnx.Param(jnp.ones(out_features, param_dtype))
+        self.input_scale = nnx.Param(jnp.ones(in_features, param_dtype), **input_scale_metadata)
+        self.output_scale = nnx.Param(jnp.ones(out_features, param_dtype), **output_scale_metadata)
         self.bias: nnx.Param[Array] | None = nnx.data(None)
         if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+            self.bias = nnx.Param(
+                bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata
+            )
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
@@ -436,16 +451,19 @@ class ScaledAdderLinear(nnx.Module):
             None if self.bias is None else self.bias[...],
         )
         x, kernel, e, f, bias = self.promote_dtype(arrays, dtype=self.dtype)
+        result = self.preferred_element_type or x.dtype
         contract_last = (((x.ndim - 1,), (0,)), ((), ()))
-        y = f * self.dot_general(
-            e * x,
+        y = self.dot_general(
+            _leading(e, x) * x,
             kernel,
             contract_last,
             precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
+            preferred_element_type=jnp.promote_types(result, jnp.float32),
             out_sharding=out_sharding,
         )
-        return y if bias is None else y + bias
+        y = _leading(f, y) * y
+        y = y if bias is None else y + _leading(bias, y)
+        return y.astype(result)
 
 
 class AdderAttention(nnx.Module):
@@ -466,14 +484,21 @@ class AdderAttention(nnx.Module):
         rank of the attention map up (Adder Attention, NeurIPS 2021).
       projection: makes a projection from (in_features, out_features, rngs=rngs).
       out_projection: the same for the last projection; default ``projection``.
-      dtype: of the default projections; None infers it from the input and the parameters.
+      dtype: of the default projections' results; None infers it from the input and the parameters.
+        Adder products, and scores made of them, are kept in at least float32 until they are
+        normalised.
       param_dtype: of the default projections' parameters.
       rule: how adder products differentiate.
       implementation: which kernels compute them, as in `jadder.ops`.
       rngs: where the initial values are drawn from.
+      kernel_metadata: of the default projections' kernels, as in ``nnx.MultiHeadAttention``.
+      out_kernel_metadata: of the last one's; None: ``kernel_metadata``.
+      bias_metadata: of their biases.
+      out_bias_metadata: of the last one's; None: ``bias_metadata``.
 
     Raises:
-      ValueError: features that the heads do not divide, or an unknown kind of scores.
+      ValueError: features that the heads do not divide, an unknown kind of scores, or metadata for
+        a projection of one's own.
 
     Example:
       >>> import jax.numpy as jnp
@@ -499,6 +524,10 @@ class AdderAttention(nnx.Module):
         rule: GradientRule = ADDER_VIT,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] | None = None,
+        out_kernel_metadata: Mapping[str, Any] | None = None,
+        bias_metadata: Mapping[str, Any] | None = None,
+        out_bias_metadata: Mapping[str, Any] | None = None,
     ) -> None:
         qkv_features = in_features if qkv_features is None else qkv_features
         out_features = in_features if out_features is None else out_features
@@ -510,29 +539,30 @@ class AdderAttention(nnx.Module):
         if scores not in ("dot", "adder"):
             raise ValueError(f"AdderAttention: scores must be 'dot' or 'adder', got {scores!r}")
 
-        def normalized(into: int, out: int, *, rngs: nnx.Rngs) -> nnx.Module:
-            return nnx.Sequential(
-                ScaledAdderLinear(
-                    into,
-                    out,
-                    dtype=dtype,
-                    param_dtype=param_dtype,
-                    rule=rule,
-                    implementation=implementation,
-                    rngs=rngs,
-                ),
-                # E[x²] - E[x]², Flax's fast variance, has no digits left so far from zero.
-                nnx.LayerNorm(
-                    out,
-                    dtype=dtype,
-                    param_dtype=param_dtype,
-                    use_fast_variance=False,
-                    rngs=rngs,
-                ),
+        metadata = {"kernel_metadata": kernel_metadata, "bias_metadata": bias_metadata}
+        out_metadata = {
+            "kernel_metadata": out_kernel_metadata or kernel_metadata,
+            "bias_metadata": out_bias_metadata or bias_metadata,
+        }
+        if projection is not None and any({**metadata, **out_metadata}.values()):
+            raise ValueError(
+                "AdderAttention: metadata is for the default projections; give it to those that "
+                "`projection` makes"
             )
 
-        make = normalized if projection is None else projection
-        make_out = make if out_projection is None else out_projection
+        def normalized(metadata: Mapping[str, Any]) -> Callable[..., nnx.Module]:
+            return functools.partial(
+                _normalized_projection,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rule=rule,
+                implementation=implementation,
+                **{name: given for name, given in metadata.items() if given},
+            )
+
+        make = normalized(metadata) if projection is None else projection
+        make_out = normalized(out_metadata) if projection is None else projection
+        make_out = make_out if out_projection is None else out_projection
         self.query = make(in_features, qkv_features, rngs=rngs)
         self.key = make(in_features, qkv_features, rngs=rngs)
         self.value = make(in_features, qkv_features, rngs=rngs)
@@ -575,10 +605,11 @@ class AdderAttention(nnx.Module):
         )
         logits = self._logits(query, key)
         if bias is not None:
-            logits = logits + bias
+            logits = logits + _with_rank(bias, logits.ndim)
         if mask is not None:
-            logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-        weights = jax.nn.softmax(logits)
+            logits = jnp.where(_with_rank(mask, logits.ndim), logits, jnp.finfo(logits.dtype).min)
+        dtype = query.dtype if bias is None else jnp.result_type(query, bias)
+        weights = jax.nn.softmax(logits).astype(dtype)
         if sow_weights:
             self.sow(nnx.Intermediate, "attention_weights", weights)
         mixed = weights @ value
@@ -603,86 +634,43 @@ class AdderAttention(nnx.Module):
             return scale * (query @ jnp.swapaxes(key, -1, -2))
         batch = tuple(range(query.ndim - 2))
         last = query.ndim - 1
-        return scale * self.score_product(query, key, (((last,), (last,)), (batch, batch)))
+        numbers = (((last,), (last,)), (batch, batch))
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        return scale * self.score_product(query, key, numbers, preferred_element_type=wide)
 
 
-def adderize(
-    model: nnx.Module,
-    where: Where | None = None,
+def _normalized_projection(
+    into: int,
+    out: int,
     *,
-    rule: GradientRule = ADDERNET,
-    implementation: Implementation | None = None,
-    kernel_init: Initializer | None = None,
-    rngs: nnx.Rngs | None = None,
-) -> Any:
-    """A copy of ``model`` whose products are adder products.
-
-    ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Conv``, ``ConvTranspose`` and everything made
-    of them (``nnx.MultiHeadAttention``'s projections, recurrent cells) change; so do subclasses
-    that keep Flax's ``__call__``. Parameters, biases and the rest of the model stay. An adder
-    network needs a normalisation after each product to train, and its kernels want to be of the
-    inputs' size: to train the copy from scratch, give ``kernel_init`` and ``rngs``.
-
-    Args:
-      model: any NNX module; it is not changed.
-      where: ``where(path, layer)`` says whether a layer changes; default every layer.
-      rule: how the products differentiate.
-      implementation: which kernels compute them, as in `jadder.ops`.
-      kernel_init: draws new kernels for the layers that change, in their dtype; default keep them.
-      rngs: what ``kernel_init`` draws from.
-
-    Raises:
-      ValueError: no layer would change, ``kernel_init`` without ``rngs``, or a layer that has no
-        adder form.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> rngs = nnx.Rngs(0)
-      >>> mlp = nnx.Sequential(nnx.Linear(2, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs))
-      >>> half = adderize(mlp, lambda path, layer: layer.out_features > 1)
-      >>> [type(layer.kernel).__name__ for layer in half.layers]
-      ['AdderKernel', 'Param']
-    """
-    if kernel_init is not None and rngs is None:
-        raise ValueError("adderize: kernel_init needs rngs to draw from")
-    model = nnx.clone(model)
-    products: dict[type[nnx.Module], tuple[str, Any]] = {
-        nnx.Linear: ("dot_general", AdderDotGeneral(rule, implementation)),
-        nnx.LinearGeneral: ("dot_general", AdderDotGeneral(rule, implementation)),
-        nnx.Einsum: ("einsum_op", AdderEinsum(rule, implementation)),
-        nnx.Conv: ("conv_general_dilated", AdderConvGeneralDilated(rule, implementation)),
-        nnx.ConvTranspose: ("conv_general_dilated", AdderConvGeneralDilated(rule, implementation)),
-    }
-    changed = 0
-    modules: list[tuple[tuple[Any, ...], Any]] = list(nnx.iter_modules(model))
-    for path, layer in modules:
-        kind = next((kind for kind in products if isinstance(layer, kind)), None)
-        if kind is None or not (where is None or where(path, layer)):
-            continue
-        if kind is nnx.ConvTranspose and not isinstance(layer, _ConvTranspose):
-            _give_product_to(path, layer)
-        if getattr(layer, "dot_general_cls", None) is not None:
-            layer.dot_general_cls = None
-        name, product = products[kind]
-        setattr(layer, name, product)
-        if kernel_init is not None and rngs is not None:
-            old = layer.kernel[...]
-            layer.kernel[...] = kernel_init(rngs.params(), old.shape, old.dtype)
-        mark_kernel(layer)
-        changed += 1
-    if not changed:
-        raise ValueError("adderize: no product of the model was selected; nothing to change")
-    return model
+    dtype: Dtype | None,
+    param_dtype: Dtype,
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> nnx.Module:
+    """A `ScaledAdderLinear`, which hands on at least float32, and a layer norm that rounds it."""
+    types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    wide = None if dtype is None else jnp.promote_types(dtype, jnp.float32)
+    promote = dtypes.promote_dtype if dtype is None else promote_to_float32
+    return nnx.Sequential(
+        ScaledAdderLinear(into, out, preferred_element_type=wide, **types, **options),
+        # E[x²] - E[x]², Flax's fast variance, has no digits left so far from zero.
+        nnx.LayerNorm(out, use_fast_variance=False, promote_dtype=promote, **types),
+    )
 
 
-def _give_product_to(path: Sequence[Any], layer: nnx.ConvTranspose) -> None:
-    if type(layer) is not nnx.ConvTranspose:
-        raise ValueError(
-            f"adderize: {type(layer).__name__} at {'/'.join(map(str, path))} is a subclass of "
-            "nnx.ConvTranspose, whose product cannot be replaced; leave it out with `where`"
-        )
-    object.__setattr__(layer, "__class__", AdderConvTranspose)
+def _flip(kernel: Array) -> Array:
+    """A kernel as its transposed convolution has it: window flipped, channels swapped."""
+    return jnp.swapaxes(jnp.flip(kernel, range(kernel.ndim - 2)), -1, -2)
+
+
+def _with_rank(array: Array, rank: int) -> Array:
+    return jnp.reshape(array, (1,) * (rank - jnp.ndim(array)) + jnp.shape(array))
+
+
+def _leading(vector: Array, y: Array) -> Array:
+    """A vector of features with y's rank, which JAX may be told not to promote."""
+    return vector.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _for_each(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
@@ -720,3 +708,12 @@ def _transpose_padding(
             )
         pads.append((low, total - low))
     return pads
+
+
+def __getattr__(name: str) -> Any:
+    # `adderize` is built on models, which are built on this module.
+    if name == "adderize":
+        from jadder.conversion import adderize
+
+        return adderize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,11 +41,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jadder.implementations import Implementation, select
-from jadder.kernels import linear
+from jadder.kernels import linear, masked
 from jadder.kernels.interface import Kernels
 from jadder.kernels.spec import ConvSpec
 from jadder.kernels.varying import vary_alike
-from jadder.rules import ADDERNET, GradientRule
+from jadder.rules import ADDERNET, GradientRule, check_rule
 
 OutSharding = NamedSharding | PartitionSpec | None
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -109,6 +109,7 @@ def adder_conv_general_dilated(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
     *,
+    mask: ArrayLike | None = None,
     rule: GradientRule = ADDERNET,
     implementation: Implementation | None = None,
 ) -> Array:
@@ -122,6 +123,9 @@ def adder_conv_general_dilated(
       rhs: the kernel, of the same dtype.
       window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
         batch_group_count: as in ``lax.conv_general_dilated``; any number of spatial dimensions.
+      mask: of the kernel's shape, 0 or False at taps that take no part: they see nothing of the
+        input, pass no gradient to it, and get none. (A zero in the kernel would be |x - 0|.) With a
+        mask, XLA's loops compute the product and the input's gradient, whatever the implementation.
 
     The other arguments are the module's shared ones.
 
@@ -156,7 +160,7 @@ def adder_conv_general_dilated(
         precision,
         preferred_element_type,
     )
-    return _reshard(conv.apply(product, lhs, rhs), out_sharding)
+    return _reshard(conv.apply(product, lhs, rhs, mask), out_sharding)
 
 
 def adder_matmul(
@@ -204,6 +208,7 @@ def adder_conv(
     kernel_dilation: int | Sequence[int] = 1,
     feature_group_count: int = 1,
     *,
+    mask: ArrayLike | None = None,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
@@ -219,6 +224,7 @@ def adder_conv(
       padding: ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"``, one number for all sides, or for each
         dimension a number or a pair (low, high). The zeros take part in the sum.
       feature_group_count: groups of channels, each with its own F / groups filters.
+      mask: of the kernel's shape, as in `adder_conv_general_dilated`.
 
     The operands' dtypes are promoted to a common one. The other keywords are the module's shared
     ones.
@@ -235,7 +241,7 @@ def adder_conv(
       (2, 4, 4, 16)
     """
     convolution = functools.partial(
-        adder_conv_general_dilated, rule=rule, implementation=implementation
+        adder_conv_general_dilated, mask=mask, rule=rule, implementation=implementation
     )
     return _short_conv(
         "adder_conv",
@@ -337,6 +343,8 @@ def euclid_conv_general_dilated(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
+    *,
+    mask: ArrayLike | None = None,
 ) -> Array:
     """``lax.conv_general_dilated`` with each product a·b replaced by -(a - b)²; exact gradients.
 
@@ -365,7 +373,7 @@ def euclid_conv_general_dilated(
     euclid = _Euclid.of(
         "euclid_conv_general_dilated", lhs, conv.spec, precision, preferred_element_type
     )
-    return _reshard(conv.apply(euclid, lhs, rhs), out_sharding)
+    return _reshard(conv.apply(euclid, lhs, rhs, mask), out_sharding)
 
 
 def euclid_einsum(
@@ -429,6 +437,7 @@ def euclid_conv(
     kernel_dilation: int | Sequence[int] = 1,
     feature_group_count: int = 1,
     *,
+    mask: ArrayLike | None = None,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
@@ -442,7 +451,7 @@ def euclid_conv(
     """
     return _short_conv(
         "euclid_conv",
-        euclid_conv_general_dilated,
+        functools.partial(euclid_conv_general_dilated, mask=mask),
         x,
         kernel,
         strides,
@@ -478,42 +487,61 @@ class _Product:
         precision: lax.PrecisionLike,
         preferred_element_type: DTypeLike | None,
     ) -> "_Product":
-        if not isinstance(rule, GradientRule):
-            raise TypeError(f"{name}: rule must be a GradientRule, got {rule!r}")
+        check_rule(name, rule)
         accumulator, result = _dtypes(name, lhs.dtype, preferred_element_type, integers=True)
         kernels = select(name, implementation, lhs.dtype, spec, accumulator)
         return cls(spec, rule, kernels, _precision(precision), accumulator, result)
 
-    def __call__(self, x: Array, w: Array) -> Array:
+    def __call__(self, x: Array, w: Array, seen: Array | None = None) -> Array:
         if jnp.issubdtype(x.dtype, jnp.integer):
-            return self.forward(x, w)
-        return _differentiable(self, *vary_alike(x, w))
+            return self.forward(x, w, seen)
+        if seen is None:
+            return _differentiable(self, *vary_alike(x, w), None)
+        return _differentiable(self, *vary_alike(x, w, seen))
 
     # Compiled on their own, so that calls outside of jit run one program, not one for each line.
     @functools.partial(jax.jit, static_argnums=0)
-    def forward(self, x: Array, w: Array) -> Array:
+    def forward(self, x: Array, w: Array, seen: Array | None) -> Array:
         shape = self._out_shape(x, w)
         if 0 in shape or 0 in w.shape or 0 in x.shape:
             return jnp.zeros(shape, self.result)
         if self.spec is None:
-            return self.kernels.matmul(x, w, out_dtype=self.accumulator).astype(self.result)
-        return self.kernels.conv(x, w, self.spec, out_dtype=self.accumulator).astype(self.result)
+            y = self.kernels.matmul(x, w, out_dtype=self.accumulator)
+        elif seen is None:
+            y = self.kernels.conv(x, w, self.spec, out_dtype=self.accumulator)
+        else:
+            y = masked.conv(x, w, seen, self.spec, out_dtype=self.accumulator)
+        return y.astype(self.result)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def dx(self, x: Array, w: Array, g: Array) -> Array:
-        return self._gradient("dx", x, w, g, self.rule.x).astype(x.dtype)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def dw(self, x: Array, w: Array, g: Array) -> Array:
-        return self._gradient("dw", x, w, g, self.rule.kernel).astype(w.dtype)
-
-    def _gradient(self, which: str, x: Array, w: Array, g: Array, clip: Any) -> Array:
+    def dx(self, x: Array, w: Array, seen: Array | None, g: Array) -> Array:
         if 0 in g.shape or 0 in w.shape or 0 in x.shape:
-            return jnp.zeros_like(x if which == "dx" else w)
-        options: dict[str, Any] = {"out_dtype": self.accumulator, "precision": self.precision}
+            return jnp.zeros_like(x)
+        clip, options = self.rule.x, self._options
         if self.spec is None:
-            return getattr(self.kernels, f"matmul_{which}")(x, w, g, clip, **options)
-        return getattr(self.kernels, f"conv_{which}")(x, w, g, self.spec, clip, **options)
+            dx = self.kernels.matmul_dx(x, w, g, clip, **options)
+        elif seen is None:
+            dx = self.kernels.conv_dx(x, w, g, self.spec, clip, **options)
+        else:
+            dx = masked.conv_dx(x, w, seen, g, self.spec, clip, out_dtype=self.accumulator)
+        return dx.astype(x.dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def dw(self, x: Array, w: Array, seen: Array | None, g: Array) -> Array:
+        if 0 in g.shape or 0 in w.shape or 0 in x.shape:
+            return jnp.zeros_like(w)
+        clip, options = self.rule.kernel, self._options
+        if self.spec is None:
+            dw = self.kernels.matmul_dw(x, w, g, clip, **options)
+        elif seen is None:
+            dw = self.kernels.conv_dw(x, w, g, self.spec, clip, **options)
+        else:
+            dw = masked.conv_dw(self.kernels, x, w, seen, g, self.spec, clip, **options)
+        return dw.astype(w.dtype)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"out_dtype": self.accumulator, "precision": self.precision}
 
     def _out_shape(self, x: Array, w: Array) -> tuple[int, ...]:
         if self.spec is None:
@@ -521,20 +549,24 @@ class _Product:
         return (x.shape[0], *self.spec.out_spatial(x.shape[1:-1], w.shape[:-2]), w.shape[-1])
 
 
+_Residuals = tuple[Array, Array, Array | None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(product: _Product, x: Array, w: Array) -> Array:
-    return product.forward(x, w)
+def _differentiable(product: _Product, x: Array, w: Array, seen: Array | None) -> Array:
+    return product.forward(x, w, seen)
 
 
-def _differentiable_fwd(product: _Product, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product.forward(x, w), (x, w)
+def _differentiable_fwd(
+    product: _Product, x: Array, w: Array, seen: Array | None
+) -> tuple[Array, _Residuals]:
+    return product.forward(x, w, seen), (x, w, seen)
 
 
 def _differentiable_bwd(
-    product: _Product, residuals: tuple[Array, Array], g: Array
-) -> tuple[Array, Array]:
-    x, w = residuals
-    return product.dx(x, w, g), product.dw(x, w, g)
+    product: _Product, residuals: _Residuals, g: Array
+) -> tuple[Array, Array, None]:
+    return product.dx(*residuals, g), product.dw(*residuals, g), None
 
 
 _differentiable.defvjp(_differentiable_fwd, _differentiable_bwd)
@@ -561,11 +593,15 @@ class _Euclid:
         dtypes = _dtypes(name, lhs.dtype, preferred_element_type, integers=False)
         return cls(spec, _precision(precision), *dtypes)
 
-    def __call__(self, x: Array, w: Array) -> Array:
+    def __call__(self, x: Array, w: Array, seen: Array | None = None) -> Array:
         options: dict[str, Any] = {"out_dtype": self.accumulator, "precision": self.precision}
         if self.spec is None:
-            return linear.euclid_matmul(x, w, **options).astype(self.result)
-        return linear.euclid_conv(x, w, self.spec, **options).astype(self.result)
+            y = linear.euclid_matmul(x, w, **options)
+        elif seen is None:
+            y = linear.euclid_conv(x, w, self.spec, **options)
+        else:
+            y = masked.euclid_conv(x, w, seen, self.spec, **options)
+        return y.astype(self.result)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -629,17 +665,40 @@ class _Convolution:
         )
         return cls(spec, layout, batch_group_count)
 
-    def apply(self, product: Callable[[Array, Array], Array], lhs: Array, rhs: Array) -> Array:
-        """The product in the canonical layout, channels last, and back."""
+    def apply(
+        self, product: _Product | _Euclid, lhs: Array, rhs: Array, mask: ArrayLike | None
+    ) -> Array:
+        """The product in the canonical layout, channels last, and back.
+
+        Raises:
+          ValueError: a mask that has not the kernel's shape.
+        """
         batch, feature, *spatial = self.layout.lhs_spec
         x = jnp.transpose(lhs, (batch, *spatial, feature))
         out, into, *window = self.layout.rhs_spec
         kernel = jnp.transpose(rhs, (*window, into, out))
         if self.batch_group_count > 1:
             x = _batch_groups_to_features(x, self.batch_group_count)
-        y = product(x, kernel)
+        seen = None
+        if mask is not None:
+            check_mask(jnp.shape(mask), rhs.shape)
+            seen = jnp.transpose(jnp.asarray(mask) != 0, (*window, into, out))
+        y = product(x, kernel, seen)
         batch, feature, *spatial = self.layout.out_spec
         return jnp.transpose(y, _inverse((batch, *spatial, feature)))
+
+
+def check_mask(shape: Sequence[int], kernel_shape: Sequence[int]) -> None:
+    """Refuses a convolution's mask that has not the kernel's shape, even if it would broadcast.
+
+    Raises:
+      ValueError: with both shapes.
+    """
+    if tuple(shape) != tuple(kernel_shape):
+        raise ValueError(
+            f"a convolution's mask must have the kernel's shape {tuple(kernel_shape)}, "
+            f"got {tuple(shape)}"
+        )
 
 
 def _batch_groups_to_features(x: Array, groups: int) -> Array:

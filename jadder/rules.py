@@ -118,3 +118,19 @@ ADDER_VIT = GradientRule(x=Clip(4.0, 1.0), kernel=Clip(1.0, math.inf))
 
 SIGN = GradientRule(x=Clip(math.inf, 1.0), kernel=Clip(math.inf, 1.0))
 """The subgradient of the L1 distance itself."""
+
+
+def check_rule(name: str, rule: object) -> None:
+    """Refuses what is no gradient rule.
+
+    Args:
+      name: of the caller, for the error.
+
+    Raises:
+      TypeError: with the rules that there are.
+    """
+    if not isinstance(rule, GradientRule):
+        raise TypeError(
+            f"{name}: rule must be a GradientRule: jadder.ADDERNET, jadder.ADDER_VIT, jadder.SIGN "
+            f"or one of your own, got {rule!r}"
+        )

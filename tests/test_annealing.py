@@ -71,6 +71,7 @@ LAYERS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:adderize. no normalisation:jadder.AdderWarning")
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_kind_of_layer_goes_there_and_back(name):
     make, shape = LAYERS[name]

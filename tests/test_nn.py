@@ -124,6 +124,156 @@ def test_convolutions_take_the_paddings_that_flax_adds(padding):
     )
 
 
+class TestMasks:
+    KINDS = (
+        jadder.AdderConv,
+        jadder.EuclidConv,
+        jadder.AdderConvTranspose,
+        jadder.EuclidConvTranspose,
+    )
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("options", [{}, {"strides": 2, "padding": "VALID"}])
+    def test_what_a_tap_sees_is_its_own_part_of_the_sum(self, kind, options):
+        """Parts add up to the whole, and each depends on its own taps of the kernel only."""
+        if kind is not jadder.AdderConv and "Transpose" in kind.__name__:
+            options = options | {"transpose_kernel": bool(options)}
+        whole = kind(3, 3, (3, 2), rngs=nnx.Rngs(0), **options)
+        mask = np.random.default_rng(0).integers(0, 2, whole.kernel.shape).astype(np.float32)
+        parts = [kind(3, 3, (3, 2), mask=m, rngs=nnx.Rngs(0), **options) for m in (mask, 1 - mask)]
+        run = nnx.jit(lambda layer, x: layer(x))
+        np.testing.assert_allclose(
+            sum(run(part, X) for part in parts), run(whole, X), rtol=1e-4, atol=1e-4
+        )
+        gradient = nnx.jit(nnx.grad(lambda layer: layer(X).sum()))(parts[0])["kernel"][...]
+        np.testing.assert_array_equal(gradient != 0, mask != 0)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_masked_channel_is_not_seen_and_gets_no_gradient(self, kind):
+        mask = np.ones((3, 3, 3, 4), np.float32)
+        mask[:, :, 1] = 0
+        layer = kind(3, 4, (3, 3), mask=mask, rngs=nnx.Rngs(0))
+        other = X.copy()
+        other[..., 1] = 1e6
+        run = nnx.jit(nnx.value_and_grad(lambda layer, x: jnp.sin(layer(x)).sum(), argnums=1))
+        (y, gradient), (other_y, _) = run(layer, X), run(layer, other)
+        assert float(y) == float(other_y)
+        np.testing.assert_array_equal(gradient[..., 1], 0)
+        assert (gradient[..., 0] != 0).any()
+
+    def test_other_values_multiply_the_kernel_as_in_flax(self):
+        half = jadder.AdderConv(3, 4, (1, 1), mask=np.full((1, 1, 3, 4), 0.5), rngs=nnx.Rngs(0))
+        kernel = 0.5 * half.kernel[...]
+        np.testing.assert_allclose(half(X), jadder.adder_conv(X, kernel), rtol=1e-5)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_another_shape_is_refused_though_it_broadcasts(self, kind):
+        with pytest.raises(ValueError, match=r"kernel's shape \(3, 3, 3, 4\), got \(3, 3, 1, 1\)"):
+            kind(3, 4, (3, 3), mask=jnp.ones((3, 3, 1, 1)), rngs=nnx.Rngs(0))
+        layer = kind(3, 4, (3, 3), mask=jnp.ones((3, 3, 3, 4)), rngs=nnx.Rngs(0))
+        layer.mask = jnp.ones((3, 3, 1, 4))
+        with pytest.raises(ValueError, match=r"\(3, 3, 1, 4\)"):
+            layer(X)
+
+    def test_mixed_distances_see_the_mask_too(self):
+        mask = np.zeros((3, 3, 3, 4))
+        mask[0, 0] = 1
+        layer = jadder.AdderConv(3, 4, (3, 3), padding="VALID", mask=mask, rngs=nnx.Rngs(0))
+        jadder.set_l1_share(layer, 0.5)
+        d = X[:, :4, :4, :, None] - layer.kernel[0, 0]
+        expected = -(0.5 * np.abs(d) + 0.25 * d**2).sum(-2)
+        np.testing.assert_allclose(layer(X), expected, rtol=1e-4)
+
+
+class TestMetadata:
+    LAYERS = (
+        functools.partial(jadder.AdderLinear, use_bias=True),
+        functools.partial(jadder.EuclidLinear, use_bias=True),
+        jadder.ScaledAdderLinear,
+    )
+
+    @pytest.mark.parametrize("kind", LAYERS)
+    def test_reaches_kernels_and_biases(self, kind):
+        mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            layer = kind(
+                8,
+                4,
+                kernel_metadata={"out_sharding": (None, "i"), "note": 1},
+                bias_metadata={"out_sharding": ("i",)},
+                rngs=nnx.Rngs(0),
+            )
+            assert layer.kernel.get_value().sharding.spec == jax.P(None, "i")
+            assert layer.bias.get_value().sharding.spec == jax.P("i")
+            assert layer.kernel.get_metadata("note") == 1
+            y = layer(jnp.ones((2, 8)), out_sharding=jax.P(None, "i"))
+        assert y.sharding.spec == jax.P(None, "i")
+
+    def test_reaches_scales(self):
+        options = {f"{name}_scale_metadata": {"note": name} for name in ("input", "output")}
+        layer = jadder.ScaledAdderLinear(8, 4, rngs=nnx.Rngs(0), **options)
+        assert layer.input_scale.get_metadata("note") == "input"
+        assert layer.output_scale.get_metadata("note") == "output"
+
+    def test_reaches_the_projections_of_attention(self):
+        layer = jadder.AdderAttention(
+            2,
+            4,
+            kernel_metadata={"note": "kernel"},
+            out_kernel_metadata={"note": "last"},
+            bias_metadata={"note": "bias"},
+            rngs=nnx.Rngs(0),
+        )
+        for projection, note in ((layer.query, "kernel"), (layer.out, "last")):
+            assert projection.layers[0].kernel.get_metadata("note") == note
+            assert projection.layers[0].bias.get_metadata("note") == "bias"
+        with pytest.raises(ValueError, match="metadata is for the default projections"):
+            jadder.AdderAttention(
+                2, 4, projection=nnx.Linear, bias_metadata={"note": 1}, rngs=nnx.Rngs(0)
+            )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        functools.partial(jadder.AdderLinear, 2, 4),
+        functools.partial(jadder.AdderConv, 2, 4, (1, 1)),
+        functools.partial(jadder.AdderConvTranspose, 2, 4, (1, 1)),
+        functools.partial(jadder.ScaledAdderLinear, 2, 4),
+        functools.partial(jadder.AdderAttention, 2, 4),
+        lambda rngs, **options: AdderConvGeneralDilated(**options),
+        lambda rngs, **options: jadder.nn.AdderEinsum(**options),
+        lambda rngs, **options: jadder.models.Family(
+            name="mine",
+            conv_class=jadder.AdderConv,
+            linear_class=jadder.AdderLinear,
+            projection_class=jadder.AdderLinear,
+            **options,
+        ),
+    ],
+)
+def test_unknown_rules_and_implementations_are_refused_when_a_layer_is_made(kind):
+    with pytest.raises(TypeError, match=r"jadder\.SIGN or one of your own, got 'sign'"):
+        kind(rule="sign", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"None or one of \['cpu', .*, got 'cuda'"):
+        kind(implementation="cuda", rngs=nnx.Rngs(0))
+
+
+def test_scaled_linear_rounds_to_half_precision_once():
+    exact = jadder.ScaledAdderLinear(512, 64, rngs=nnx.Rngs(0))
+    exact.output_scale[...] = jnp.linspace(0.1, 1, 64)
+    exact.bias[...] = jnp.full(64, 57.0)
+    half = jadder.ScaledAdderLinear(512, 64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    nnx.update(half, nnx.state(exact))
+    x = np.random.default_rng(0).normal(size=(8, 512)).astype(np.float32)
+    rounded = [jnp.asarray(a, jnp.bfloat16).astype(jnp.float32) for a in (x, exact.kernel[...])]
+    exact.kernel[...] = rounded[1]
+    exact.output_scale[...] = exact.output_scale[...].astype(jnp.bfloat16)
+    y = half(x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(np.float32), exact(rounded[0]), rtol=2**-8, atol=1e-3)
+
+
 def test_scaled_linear_is_the_published_formula():
     layer = jadder.ScaledAdderLinear(3, 4, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
@@ -176,6 +326,25 @@ class TestAttention:
         )
         assert not np.allclose(layer(self.x, mask=causal), layer(self.x))
 
+    @pytest.mark.parametrize("scores", ["dot", "adder"])
+    def test_half_precision_keeps_its_digits(self, scores):
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.normal(size=(2, 6, 256)), jnp.bfloat16)
+        options = {"num_heads": 2, "in_features": 256, "scores": scores}
+        layers = [
+            jadder.AdderAttention(dtype=dtype, rngs=nnx.Rngs(0), **options)
+            for dtype in (jnp.float32, jnp.bfloat16)
+        ]
+        for layer in layers:  # alike in both precisions
+            for projection in (layer.query, layer.key, layer.value, layer.out):
+                kernel = projection.layers[0].kernel
+                kernel[...] = kernel[...].astype(jnp.bfloat16)
+        exact, half = (layer(x) for layer in layers)
+        assert half.dtype == jnp.bfloat16
+        projected = [layer.query(x).astype(jnp.float32) for layer in layers]
+        np.testing.assert_allclose(projected[1], projected[0], atol=0.03)
+        np.testing.assert_allclose(half.astype(np.float32), exact, atol=0.15)
+
     def test_cross_attention_and_sown_weights(self):
         layer = jadder.AdderAttention(3, 9, rngs=nnx.Rngs(0))
         forward = nnx.capture(layer, nnx.Intermediate)
@@ -225,6 +394,7 @@ class Zoo(nnx.Module):
         return self.head(x)
 
 
+@pytest.mark.filterwarnings("ignore:adderize. no normalisation:jadder.AdderWarning")
 class TestAdderize:
     def test_every_product_changes_and_the_model_given_does_not(self):
         zoo = Zoo(nnx.Rngs(0))

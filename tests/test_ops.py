@@ -16,7 +16,7 @@ from jax import lax
 import jadder
 from jadder import ops
 from tests import literal
-from tests.strategies import conv_cases, normal, seeds
+from tests.strategies import conv_cases, implementations, normal, seeds
 
 DOTS = (ops.adder_dot_general, ops.euclid_dot_general)
 CONVS = (ops.adder_conv_general_dilated, ops.euclid_conv_general_dilated)
@@ -316,3 +316,60 @@ def test_flax_layers_accept_the_products_as_arguments():
         2, 3, 4, decode=False, qkv_dot_general=ops.adder_dot_general, rngs=nnx.Rngs(0)
     )
     assert attention(x[0]).shape == (6, 6, 3)
+
+
+class TestRankPromotion:
+    """Under ``jax_numpy_rank_promotion="raise"`` nothing of this package promotes."""
+
+    @pytest.mark.parametrize("implementation", implementations("xla", "cpu", "reference"))
+    @pytest.mark.parametrize("rule", [jadder.ADDERNET, jadder.SIGN])
+    def test_products(self, implementation, rule):
+        options = {"rule": rule, "implementation": implementation}
+
+        def run(x, w, images, filters):
+            y = jadder.adder_conv(images, filters, 2, 1, 2, 1, 3, **options).sum()
+            y += jadder.adder_conv(images, filters, 2, 1, 2, 1, 3, mask=filters > 0).sum()
+            return y + jadder.adder_matmul(x, w, **options).sum()
+
+        operands = normal(0, (5, 2, 3), (3, 4), (2, 5, 5, 3), (3, 3, 1, 6))
+        with jax.numpy_rank_promotion("raise"):
+            jax.jit(jax.grad(run, (0, 1, 2, 3)))(*operands)
+
+    def test_euclid(self):
+        def run(x, w, images, filters):
+            y = jadder.euclid_conv(images, filters, 2, 1, 2, 1, 3).sum()
+            y += jadder.euclid_conv(images, filters, 2, 1, 2, 1, 3, mask=filters > 0).sum()
+            return y + jadder.euclid_matmul(x, w).sum()
+
+        operands = normal(0, (5, 2, 3), (3, 4), (2, 5, 5, 3), (3, 3, 1, 6))
+        with jax.numpy_rank_promotion("raise"):
+            jax.jit(jax.grad(run, (0, 1, 2, 3)))(*operands)
+
+    @pytest.mark.parametrize("family", ["adder", "euclid"])
+    @pytest.mark.parametrize("name", ["lenet5", "vit", "swin"])
+    def test_models(self, name, family):
+        def run(x):
+            model = jadder.models.create(name, family=family, rngs=nnx.Rngs(0))
+            return model(x)
+
+        with jax.numpy_rank_promotion("raise"):
+            jax.eval_shape(run, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
+
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            functools.partial(jadder.AdderConvTranspose, 3, 4, (2, 2), use_bias=True),
+            functools.partial(jadder.EuclidConvTranspose, 3, 4, (2, 2), use_bias=True),
+            functools.partial(jadder.AdderConv, 3, 4, (2, 2), use_bias=True),
+            functools.partial(jadder.AdderLinear, 3, 4, use_bias=True),
+        ],
+    )
+    def test_layers(self, layer):
+        with jax.numpy_rank_promotion("raise"):
+            jax.eval_shape(lambda: layer(rngs=nnx.Rngs(0))(jnp.ones((2, 5, 5, 3))))
+
+    def test_attention_with_bias_and_mask(self):
+        with jax.numpy_rank_promotion("raise"):
+            layer = jadder.AdderAttention(2, 4, scores="adder", identity=True, rngs=nnx.Rngs(0))
+            x, square = jnp.ones((2, 5, 4)), jnp.ones((5, 5))
+            assert layer(x, bias=square, mask=square > 0).shape == (2, 5, 4)

@@ -1,5 +1,6 @@
 """Networks of integers: a trained adder network in bytes."""
 
+from jadder.integer.fake import RoundedProduct, fake_quantize
 from jadder.integer.grid import Grid
 from jadder.integer.hexadecimal import export_hex
 from jadder.integer.hybrid import HybridProgram
@@ -27,7 +28,9 @@ __all__ = [
     "Rescale",
     "Reshape",
     "Residual",
+    "RoundedProduct",
     "SumPool",
     "export_hex",
+    "fake_quantize",
     "quantize",
 ]

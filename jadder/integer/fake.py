@@ -11,16 +11,16 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from jadder.annealing import AdderProduct, MixedProduct
+from jadder.adder_kernels import AdderOperator
 from jadder.integer.calibrate import CHUNK, sample_of
 from jadder.integer.grid import Grid
 from jadder.integer.pixels import Pixels
 from jadder.models import update_statistics
-from jadder.nn import AdderEinsum
+from jadder.products import AdderEinsum, AdderProduct, MixedProduct
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundedProduct:
+class RoundedProduct(AdderOperator):
     """An adder product of operands that are rounded to one grid first.
 
     Rounding does not show in the gradients: they are those of the adder product at the operands as
@@ -117,7 +117,7 @@ def fake_quantize(
 
 
 @dataclasses.dataclass(eq=False)
-class _Recorder:
+class _Recorder(AdderOperator):
     """An adder product that keeps a sample of its inputs."""
 
     adder: AdderProduct

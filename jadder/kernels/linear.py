@@ -67,7 +67,8 @@ def conv_dw(
     x, w, g = x.astype(out_dtype), w.astype(out_dtype), g.astype(out_dtype)
     transpose = jax.linear_transpose(lambda w: conv_product(x, w, spec, precision), w)
     (pulled,) = transpose(g)
-    return clip.scale * (pulled - w * jnp.sum(g, axis=range(g.ndim - 1)))
+    g_sum = jnp.sum(g, axis=range(g.ndim - 1)).reshape((1,) * (w.ndim - 1) + (-1,))
+    return clip.scale * (pulled - w * g_sum)
 
 
 def euclid_matmul(
@@ -89,7 +90,8 @@ def euclid_conv(
     squares = jnp.sum((x * x).reshape(*x.shape[:-1], groups, -1), axis=-1)
     ones = jnp.ones((*w.shape[:-2], 1, groups), out_dtype)
     x_sum = jnp.repeat(conv_product(squares, ones, spec, precision), w.shape[-1] // groups, -1)
-    return 2 * product - x_sum - jnp.sum(w * w, axis=range(w.ndim - 1))
+    w_sum = jnp.sum(w * w, axis=range(w.ndim - 1)).reshape((1,) * (x.ndim - 1) + (-1,))
+    return 2 * product - x_sum - w_sum
 
 
 def conv_product(x: Array, w: Array, spec: ConvSpec, precision: lax.PrecisionLike) -> Array:

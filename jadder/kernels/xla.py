@@ -111,8 +111,9 @@ def conv(x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
         y = zeros_like_operands((x.shape[0], *phase.counts, *w.shape[2:]), out_dtype, x, w)
         absent = [tap for tap in range(len(w)) if tap not in phase.taps]
         if absent:  # these taps meet only the zeros that input dilation inserts: |0 - w|
-            y = y - jnp.sum(magnitude[jnp.array(absent)], axis=0)
-        return _sum_taps(y, source, w, phase, lambda row, lane: -jnp.abs(row - lane))
+            least = jnp.sum(magnitude[jnp.array(absent)], axis=0)
+            y = y - least.reshape((1,) * (y.ndim - least.ndim) + least.shape)
+        return sum_taps(y, source, w, phase, lambda row, lane: -jnp.abs(row - lane))
 
     dimensions = forward_phases(spec, x.shape[1:-2], window)
     return merge_groups(each_phase(x, dimensions, window, phase_sum))
@@ -141,7 +142,7 @@ def conv_dx(
         every = (slice(r, None, p) for r, p in zip(phase.residues, periods, strict=True))
         target = x[(slice(None), *every)].astype(out_dtype)
         dx = zeros_like_operands(target.shape, out_dtype, x, w, g)
-        return _sum_taps(dx, source, w, phase, lambda row, lane: clip(lane - target) * row)
+        return sum_taps(dx, source, w, phase, lambda row, lane: clip(lane - target) * row)
 
     return merge_groups(each_phase(g, dimensions, window, phase_sum))
 
@@ -206,14 +207,16 @@ def _sum_terms(
 
     def add_chunk(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, rows, lanes = carry
+        leading = (1,) * (total.ndim - lanes.ndim + 1)  # nobody's ranks are promoted in silence
         for c in range(lanes.shape[0]):
-            total = total + term(rows[..., c : c + 1], lanes[c])
+            lane = lanes[c].reshape(leading + lanes.shape[1:])
+            total = total + term(rows[..., c : c + 1], lane)
         return total, *load(i + 1)
 
     return lax.fori_loop(0, steps, add_chunk, (total, *load(0)))[0]
 
 
-def _sum_taps(
+def sum_taps(
     total: Array,
     source: Array,
     w: Array,

@@ -18,6 +18,7 @@ from jadder.models.resnet import (
     resnet34,
     resnet50,
 )
+from jadder.models.statistics import update_statistics
 from jadder.models.swin import Swin
 from jadder.models.torch_state import load_torch_state
 from jadder.models.vgg import VGGSmall
@@ -45,6 +46,7 @@ __all__ = [
     "resnet32",
     "resnet34",
     "resnet50",
+    "update_statistics",
 ]
 
 _FOR_ONE_IMAGE_SIZE: Mapping[str, Callable[..., nnx.Module]] = {

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jadder.implementations import Implementation
+from jadder.implementations import Implementation, check_implementation
 from jadder.nn import AdderConv, AdderLinear, EuclidConv, EuclidLinear, ScaledAdderLinear
-from jadder.rules import GradientRule
+from jadder.rules import GradientRule, check_rule
 
 KAIMING_NORMAL: Initializer = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 """N(0, 2 / fan_out), with which the published ResNets start their convolutions."""
@@ -38,7 +38,8 @@ class Family:
         for the platform.
 
     Raises:
-      ValueError: a rule or implementation for classes that take none.
+      ValueError: a rule or implementation for classes that take none, or an unknown one.
+      TypeError: a rule that is none.
 
     Example:
       >>> import dataclasses, jadder
@@ -57,6 +58,9 @@ class Family:
     implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
+        if self.rule is not None:
+            check_rule(f"family {self.name!r}", self.rule)
+        check_implementation(f"family {self.name!r}", self.implementation)
         chosen = {"rule": self.rule, "implementation": self.implementation}
         for option, value in chosen.items():
             for layer in (self.conv_class, self.linear_class, self.projection_class):

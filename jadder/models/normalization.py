@@ -2,24 +2,15 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import Array, lax
 
-_Arrays = TypeVar("_Arrays", bound=tuple[Any, ...])
-
-
-def _promote_to_float32(arrays: _Arrays, /, *, dtype: Any = None, inexact: bool = True) -> _Arrays:
-    """Promotes ``arrays`` to one dtype of at least float32, whatever dtype the result will have."""
-    del dtype
-    present = [array.dtype for array in arrays if array is not None]
-    wide = jnp.result_type(jnp.float32, *present)
-    return promote_dtype(arrays, dtype=wide, inexact=inexact)
+from jadder.nn import promote_to_float32
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -81,7 +72,7 @@ class BatchNorm(nnx.BatchNorm):
             dtype=dtype,
             param_dtype=param_dtype,
             use_fast_variance=False,
-            promote_dtype=_promote_to_float32,
+            promote_dtype=promote_to_float32,
             rngs=rngs,
             **options,
         )
@@ -118,7 +109,12 @@ class BatchNorm(nnx.BatchNorm):
             evaluated: Array = super().__call__(x, use_running_average=True)
             return evaluated
 
-        count = self._values_per_feature(x, mask)
+        count = values_per_feature(self, x, mask)
+        if not isinstance(count, jax.Array) and count < 2:
+            raise ValueError(
+                "BatchNorm in training mode needs at least two values per feature, "
+                f"got an input of shape {x.shape}"
+            )
         old_var = self.var[...]
         y: Array = super().__call__(x, use_running_average=False, mask=mask)
         # Flax has moved var by (1 - momentum) · biased; unbiased - biased is biased / (count - 1).
@@ -131,23 +127,28 @@ class BatchNorm(nnx.BatchNorm):
         centered: Array = wide - wide.mean(self.axis, keepdims=True)
         return centered
 
-    def _values_per_feature(self, x: Array, mask: Array | None) -> Array | int:
-        feature_axis = self.axis % x.ndim
-        count: Array | int
-        if mask is None:
-            count = x.size // x.shape[feature_axis]
-        else:
-            others = tuple(axis for axis in range(x.ndim) if axis != feature_axis)
-            count = jnp.broadcast_to(mask, x.shape).sum(others)
-        if self.axis_name is not None:
-            groups = self.axis_index_groups
-            count = lax.psum(count, self.axis_name, axis_index_groups=groups)
-        if not isinstance(count, jax.Array) and count < 2:
-            raise ValueError(
-                "BatchNorm in training mode needs at least two values per feature, "
-                f"got an input of shape {x.shape}"
-            )
-        return count
+
+def values_per_feature(norm: nnx.BatchNorm, x: Array, mask: Array | None) -> Array | int:
+    """How many values of ``x`` a batch normalisation's statistics are made of.
+
+    Args:
+      norm: its feature axis and the mapped axis that it sums over, if there is one, matter.
+      x: its input.
+      mask: True where an element takes part; broadcasts against ``x``.
+
+    Returns:
+      One number for all features, or with a mask (num_features,).
+    """
+    feature_axis = norm.axis % x.ndim
+    count: Array | int
+    if mask is None:
+        count = x.size // x.shape[feature_axis]
+    else:
+        others = tuple(axis for axis in range(x.ndim) if axis != feature_axis)
+        count = jnp.broadcast_to(mask, x.shape).sum(others)
+    if norm.axis_name is not None:
+        count = lax.psum(count, norm.axis_name, axis_index_groups=norm.axis_index_groups)
+    return count
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -185,7 +186,7 @@ class LayerNorm(nnx.LayerNorm):
             dtype=dtype,
             param_dtype=param_dtype,
             use_fast_variance=False,
-            promote_dtype=_promote_to_float32,
+            promote_dtype=promote_to_float32,
             rngs=rngs,
             **options,
         )

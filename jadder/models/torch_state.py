@@ -20,7 +20,8 @@ def load_torch_state(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> Non
     ``.bias``, ``.running_mean`` and ``.running_var``. The ResNets have the module names of the
     AdderNet repository (and of torchvision, but for the normalisation of the logits). Kernels are
     turned from OIHW to HWIO and from OI to IO; a 1 x 1 kernel fits a linear layer. Values are cast
-    to the dtype of the parameter that they replace. ``num_batches_tracked`` is ignored.
+    to the dtype of the parameter that they replace. ``num_batches_tracked`` is ignored, and so is a
+    ``module.`` before every name, as ``DataParallel`` leaves it.
 
     Args:
       model: a model of this package, changed in place. It may be abstract, as ``nnx.eval_shape``
@@ -44,6 +45,7 @@ def load_torch_state(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> Non
         kernel: left over
         weight: missing, expected (3, 2)
     """
+    arrays = _without_prefix(arrays, "module.")
     variables = {
         _torch_name(path, variable): variable
         for path, variable in nnx.iter_graph(model)
@@ -74,6 +76,12 @@ def load_torch_state(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> Non
         raise ValueError(f"the PyTorch state does not fit the model:{listed}")
     for name, variable in variables.items():
         variable.set_value(jnp.asarray(values[name], variable.dtype))
+
+
+def _without_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> Mapping[str, np.ndarray]:
+    if not all(name.startswith(prefix) for name in arrays):
+        return arrays
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
 def _torch_name(path: tuple[object, ...], variable: nnx.Variable[Any]) -> str:

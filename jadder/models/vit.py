@@ -200,7 +200,7 @@ class AdderViT(nnx.Module):
         batch, rows, columns, _ = patches.shape
         x = self.patch_embedding(self.patch_norm(patches.reshape(batch, rows * columns, -1)))
         x = self.embedding_norm(x)
-        x = x + jnp.asarray(sincos_position_embedding(rows, columns, x.shape[-1]), x.dtype)
+        x = x + jnp.asarray(sincos_position_embedding(rows, columns, x.shape[-1]), x.dtype)[None]
         for block in self.blocks:
             x = block(x)
         return self.head(self.encoder_norm(x).mean(1))

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import jadder
 from benchmarks.shapes import SMALL_CONVS, SMALL_MATMULS
 from jadder import ADDERNET, SIGN, GradientRule, adder_conv, adder_dot_general, adder_matmul
+from jadder.kernels import cpu
 from tests import literal
 from tests.strategies import clips, conv_cases, implementations, normal, rules, seeds
 
@@ -313,3 +315,28 @@ def test_the_chunked_sums_do_not_depend_on_how_terms_are_cut(clip, seed):
         )
     for actual, expected in zip(ours, exact, strict=True):
         assert_close(actual, expected, 1e-12)
+
+
+class TestWithoutNativeCode:
+    """The best is then XLA's loops, which is said where native code would have done it."""
+
+    @pytest.fixture(autouse=True)
+    def _no_library(self, monkeypatch):
+        monkeypatch.setattr(cpu, "unavailable", lambda: "there is no native library")
+
+    def test_is_said_once(self):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default", jadder.AdderWarning)
+            for k in (2, 3):
+                assert adder_matmul(jnp.zeros((2, k)), jnp.ones((k, 2)))[0, 0] == -k
+        assert [warning.category for warning in caught] == [jadder.AdderWarning]
+        assert "several times slower: there is no native library" in str(caught[0].message)
+
+    def test_is_not_said_where_it_makes_no_difference(self):
+        x = jnp.ones((2, 2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adder_matmul(x, x, implementation="xla")
+            adder_matmul(x.astype(jnp.float16), x.astype(jnp.float16))
+        with pytest.raises(ValueError, match="cannot be used: there is no native library"):
+            adder_matmul(x, x, implementation="cpu")

@@ -99,6 +99,16 @@ def test_linear_classifier_and_missing_counters_are_accepted(arrays):
     np.testing.assert_array_equal(model.fc.kernel[...], expected.fc.kernel[...])
 
 
+def test_the_prefix_of_dataparallel_is_taken_away(arrays):
+    expected, model = small(), small()
+    load_torch_state(expected, arrays)
+    wrapped = {f"module.{name}": array for name, array in arrays.items()}
+    load_torch_state(model, wrapped)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(expected), nnx.state(model))
+    with pytest.raises(ValueError, match=r"module\.bn1\.weight: left over"):
+        load_torch_state(model, wrapped | {"fc.weight": arrays["fc.weight"]})
+
+
 def test_multiplying_twin_names_all_kernels_weight(arrays):
     twin = small(family="conv")
     with pytest.raises(ValueError, match=r"layer1\.0\.conv1\.adder: left over"):
