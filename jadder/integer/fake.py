@@ -16,7 +16,7 @@ from jadder.integer.calibrate import CHUNK, sample_of
 from jadder.integer.grid import Grid
 from jadder.integer.pixels import Pixels
 from jadder.models import update_statistics
-from jadder.products import AdderEinsum, AdderProduct, MixedProduct
+from jadder.products import AdderEinsum, AdderProduct, MixedProduct, adder_products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +135,16 @@ class _Recorder(AdderOperator):
 
 
 def _replace_products(model: nnx.Module, replacement: Callable[[Any], Any]) -> list[Any]:
-    """Puts something else in place of every adder product of a model."""
-    kinds = AdderProduct | MixedProduct | RoundedProduct | _Recorder
+    """Puts something else in place of every adder product of a model, rounded ones included."""
+    places = [(place.module, place.attribute, place.product) for place in adder_products(model)]
+    for _, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, RoundedProduct | _Recorder):
+                places.append((module, name, value))
     replaced = []
-    for _, module in list(nnx.iter_modules(model)):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, kinds):
-                replaced.append(replacement(value))
-                setattr(module, name, replaced[-1])
+    for module, name, product in places:
+        replaced.append(replacement(product))
+        setattr(module, name, replaced[-1])
     return replaced
 
 

@@ -38,9 +38,15 @@ class Pixels:
         if array.dtype == np.uint8:
             if mean is None or std is None:
                 raise TypeError(f"{name}: uint8 images need mean and std, those of the training")
+            channels = array.shape[-1]
+            for what, each in (("mean", mean), ("std", std)):
+                if np.shape(each) not in ((), (1,), (channels,)):
+                    raise ValueError(
+                        f"{name}: {what} must be a number or one for each of the {channels} "
+                        f"channels, got shape {np.shape(each)}"
+                    )
             own_mean, own_std = (
-                np.broadcast_to(np.asarray(each, np.float64), array.shape[-1:])
-                for each in (mean, std)
+                np.broadcast_to(np.asarray(each, np.float64), (channels,)) for each in (mean, std)
             )
             if not (own_std > 0).all() or not np.isfinite(own_mean).all():
                 raise ValueError(f"{name}: finite means and positive deviations expected")

@@ -139,6 +139,7 @@ def test_the_model_is_not_changed_and_need_not_be_in_evaluation_mode():
         (ValueError, "residual_bits must be", {"residual_bits": 1}),
         (TypeError, "need mean and std", {"mean": None}),
         (ValueError, "positive deviations", {"std": 0.0}),
+        (ValueError, "one for each of the 3 channels", {"mean": (0.5, 0.5)}),
         (TypeError, "uint8 or floats, got int32", {"images": np.zeros((2, 12, 12, 3), np.int32)}),
         (TypeError, "belong to uint8", {"images": np.zeros((2, 12, 12, 3), np.float32)}),
         (ValueError, "expected, got", {"images": np.zeros((0, 12, 12, 3), np.uint8)}),
