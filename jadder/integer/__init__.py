@@ -1,5 +1,6 @@
 """Networks of integers: a trained adder network in bytes."""
 
+from jadder.integer import native
 from jadder.integer.program import (
     Activation,
     Convolution,
@@ -11,8 +12,10 @@ from jadder.integer.program import (
     Residual,
     SumPool,
 )
+from jadder.integer.dispatch import DISABLED_CHECKS, run
 
 __all__ = [
+    "DISABLED_CHECKS",
     "Activation",
     "Convolution",
     "IntegerProgram",
@@ -22,4 +25,8 @@ __all__ = [
     "Reshape",
     "Residual",
     "SumPool",
+    "run",
 ]
+
+# So that a process which loads an exported function has the foreign call.
+native.register()
