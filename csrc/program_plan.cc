@@ -178,8 +178,8 @@ bool IsNarrow(const ProgramSpec& spec, const ProgramOperation& operation) {
   const ProgramRequantization& each = operation.requantization;
   __int128 residual_least = 0, residual_most = 0;
   for (const ProgramResidual& residual : each.residuals) {
-    const __int128 most = (__int128{spec.values[residual.value].maximum} * residual.multiplier)
-                          << residual.left_shift;
+    const __int128 most = __int128{spec.values[residual.value].maximum} * residual.multiplier *
+                          (int64_t{1} << residual.left_shift);
     (most < 0 ? residual_least : residual_most) += most;
   }
   const __int128 low = *std::min_element(operation.least.begin(), operation.least.end());

@@ -1,5 +1,7 @@
 """Networks of integers: a trained adder network in bytes."""
 
+from jadder.integer import native
+from jadder.integer.dispatch import DISABLED_CHECKS, run
 from jadder.integer.fake import RoundedProduct, fake_quantize
 from jadder.integer.grid import Grid
 from jadder.integer.hexadecimal import export_hex
@@ -18,6 +20,7 @@ from jadder.integer.program import (
 from jadder.integer.quantize import quantize
 
 __all__ = [
+    "DISABLED_CHECKS",
     "Activation",
     "Convolution",
     "Grid",
@@ -33,4 +36,8 @@ __all__ = [
     "export_hex",
     "fake_quantize",
     "quantize",
+    "run",
 ]
+
+# So that a process which loads an exported function has the foreign call.
+native.register()

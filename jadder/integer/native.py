@@ -13,9 +13,7 @@ import zlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jadder.integer.program import (
     Activation,
@@ -28,7 +26,6 @@ from jadder.integer.program import (
     SumPool,
 )
 from jadder.kernels import cpu
-from jadder.kernels.varying import result_like_operands
 
 TARGET = "jadder_integer_program"
 
@@ -36,9 +33,7 @@ _MAGIC = b"JADDERIP"
 _VERSION = 1
 
 
-def unavailable() -> str | None:
-    """Why the native code cannot be used at all, or None if it can."""
-    return cpu.unavailable()
+unavailable = cpu.unavailable
 
 
 def instruction_set() -> str:
@@ -55,18 +50,22 @@ def unsupported(program: IntegerProgram) -> str | None:
     return why.value.decode() if refusal(data, len(data), why, len(why) - 1) else None
 
 
-def run(program: IntegerProgram, images: Array) -> Array:
-    """The int32 outputs (batch, *output.shape) of uint8 images (batch, *input.shape)."""
-    return call(serialize(program), program.output.shape, images)
+def attribute(serialized: bytes) -> str:
+    """A program as the foreign call's attribute: text, which XLA copies without escapes."""
+    return base64.b64encode(serialized).decode()
 
 
-def call(serialized: bytes, output_shape: tuple[int, int, int], images: Array) -> Array:
-    """The foreign call. vmap maps it over further leading dimensions."""
-    library()
-    result = result_like_operands((*images.shape[:-3], *output_shape), jnp.int32, images)
-    foreign = jax.ffi.ffi_call(TARGET, result, vmap_method="broadcast_all")
-    y: Array = foreign(images, program=base64.b64encode(serialized).decode())
-    return y
+def register() -> None:
+    """Makes the foreign call known to JAX, where there is native code."""
+    if _unusable() is None:
+        library()
+
+
+def _unusable() -> str | None:
+    try:
+        return unavailable()
+    except ValueError as error:  # of the environment, which the first use of the native code tells
+        return str(error)
 
 
 @functools.cache

@@ -242,7 +242,7 @@ class IntegerProgram:
         Raises:
           ValueError, TypeError: images of another shape or dtype.
         """
-        from jadder.integer.run import run
+        from jadder.integer.dispatch import run
 
         outputs = run(self, self.to_integers(images))
         logits = outputs.astype(jnp.float32) * np.float32(self.output.scale[0])

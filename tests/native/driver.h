@@ -94,7 +94,8 @@ inline int64_t SourceAt(const ConvShape& s, int d, int64_t o, int64_t t) {
 
 // Tries cases from three callers at the same time, on one pool, as `[seed] [cases] [threads]` say.
 inline int Drive(int count, char** arguments,
-                 const std::function<void(Pool& pool, Random& random)>& attempt) {
+                 const std::function<void(Pool& pool, Random& random)>& attempt,
+                 const char* instruction_set = SelectKernels().name) {
   const unsigned seed = count > 1 ? std::atoi(arguments[1]) : 0;
   const int cases = count > 2 ? std::atoi(arguments[2]) : 200;
   const int threads = count > 3 ? std::atoi(arguments[3]) : 4;
@@ -110,7 +111,7 @@ inline int Drive(int count, char** arguments,
     }
     for (std::thread& caller : callers) caller.join();
   }
-  std::printf("%s: %d cases agree\n", SelectKernels().name, kCallers * cases);
+  std::printf("%s: %d cases agree\n", instruction_set, kCallers * cases);
   return 0;
 }
 

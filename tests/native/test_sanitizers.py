@@ -17,7 +17,7 @@ import pytest
 
 NATIVE = Path(__file__).resolve().parent
 SOURCES = NATIVE.parents[1] / "csrc"
-DRIVERS = ("fuzz", "integers")
+DRIVERS = ("fuzz", "integers", "programs")
 
 # Cases for each of three callers, and threads of the pool they share.
 SANITIZERS = {"address,undefined": (120, 4), "thread": (30, 8)}
@@ -29,6 +29,9 @@ if IS_X86:
     AVX2 = ("-mavx2", "-mfma")
     AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", *AVX2)
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512}
+
+# What integer programs alone know, and take unless less is asked for.
+PROGRAM_INSTRUCTION_SETS = {"avx512vnni": (*AVX512, "-mavx512vnni")} if IS_X86 else {}
 
 # A deadlock ends here; a slow machine does not.
 TIMEOUT_SECONDS = 600
@@ -93,11 +96,16 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip(f"{compiler} cannot build or run programs with {sanitize[0]}: {error}")
 
     kernels = sorted(SOURCES.glob("*kernels.cc"))
-    others = set(SOURCES.glob("*.cc")) - set(kernels) - {SOURCES / "ffi.cc"}  # needs XLA's headers
+    others = set(SOURCES.glob("*.cc")) - set(kernels) - set(SOURCES.glob("*ffi.cc"))  # XLA's headers
     jobs = [  # the longest first
         (source, directory / f"{source.stem}_{name}.o", extra)
         for name, extra in reversed(INSTRUCTION_SETS.items())
         for source in kernels
+    ]
+    programs = SOURCES / "program_kernels.cc"
+    jobs += [
+        (programs, directory / f"{programs.stem}_{name}.o", extra)
+        for name, extra in PROGRAM_INSTRUCTION_SETS.items()
     ]
     jobs += [(source, directory / f"{source.stem}.o", ()) for source in sorted(others)]
     return Build(command, directory, _compile_all(command, jobs))
@@ -111,7 +119,8 @@ def test_products_under_sanitizer(
     program = build.directory / driver
     _run([*build.command, NATIVE / f"{driver}.cc", *build.objects, "-o", program])
     ran = set()
-    for name in INSTRUCTION_SETS:
+    sets = [*INSTRUCTION_SETS, *(PROGRAM_INSTRUCTION_SETS if driver == "programs" else ())]
+    for name in sets:
         output = _run([program, "1", str(cases), str(threads)], JADDER_CPU_ISA=name)
         assert f"{3 * cases} cases agree" in output
         ran.add(output.split(":")[0])
