@@ -7,6 +7,7 @@ those that most programs need.
 
 from jadder import annealing, integer, models, nn, ops, optim, rules
 from jadder.annealing import set_l1_share
+from jadder.counting import count_operations, counted_flops
 from jadder.implementations import implementations
 from jadder.integer import IntegerProgram, quantize
 from jadder.nn import (
@@ -64,6 +65,8 @@ __all__ = [
     "adder_sgd",
     "adderize",
     "annealing",
+    "count_operations",
+    "counted_flops",
     "euclid_conv",
     "euclid_conv_general_dilated",
     "euclid_dot_general",
