@@ -9,6 +9,7 @@ from jadder import annealing, integer, models, nn, ops, optim, rules
 from jadder.annealing import set_l1_share
 from jadder.checks import check_model
 from jadder.conversion import adderize, set_implementation
+from jadder.counting import count_operations, counted_flops
 from jadder.implementations import implementations
 from jadder.integer import IntegerProgram, export_hex, fake_quantize, quantize
 from jadder.nn import (
@@ -68,6 +69,8 @@ __all__ = [
     "adderize",
     "annealing",
     "check_model",
+    "count_operations",
+    "counted_flops",
     "euclid_conv",
     "euclid_conv_general_dilated",
     "euclid_dot_general",

@@ -28,8 +28,9 @@ def export_hex(
     Args:
       program: what to write.
       folder: where to; it is made if there is none, and may be there if it is empty.
-      images: uint8 (count, *program.input.shape) on the input's grid, to be written with every
-        value that the program gives for them: golden vectors of each operation.
+      images: uint8 (count, *program.input.shape) on the input's grid, as ``program.to_integers``
+        gives them, to be written with every value that the program gives for them: golden vectors
+        of each operation.
 
     Raises:
       FileExistsError: a folder that is not empty, or no folder.

@@ -286,8 +286,9 @@ class IntegerProgram:
 
         Args:
           path: of the file; '.npz' by custom, for it is one.
-          golden: images uint8 (count, *input.shape) on the input's grid, to be kept with every
-            value that the program gives for them (see `jadder.integer.files.load_golden`).
+          golden: images uint8 (count, *input.shape) on the input's grid, as ``to_integers`` gives
+            them, to be kept with every value that the program gives for them (see
+            `jadder.integer.files.load_golden`).
 
         Raises:
           ValueError, TypeError: golden images that are none of the program's.

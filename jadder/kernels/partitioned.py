@@ -38,6 +38,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from jadder.kernels import reference, xla
 from jadder.kernels.interface import ByName, Kernels
 from jadder.kernels.layout import (
     Dimensions,
@@ -101,6 +102,12 @@ class Product:
         options["spec"] = dataclasses.replace(options["spec"], feature_group_count=groups)
         return dataclasses.replace(self, options=tuple(options.items()))
 
+    def literal(self) -> "Product":
+        """The same function by its formula, in operations that JAX has."""
+        clip = dict(self.options).get("clip")
+        factors = clip is not None and clip.is_linear
+        return dataclasses.replace(self, kernels=xla if factors else reference)
+
     def layout(self, operands: Sequence[Any]) -> Layout:
         """Of operands that have shapes."""
         spec = dict(self.options).get("spec")
@@ -119,6 +126,9 @@ def _on_blocks(product: Product, plan: Plan, mesh: Mesh | AbstractMesh) -> Calla
 
 
 # -- The primitive ---------------------------------------------------------------------------------
+
+lowered_literally = cast(Any, jax).make_user_context(False)
+"""A context in which programs are lowered with each product's formula, for XLA to count."""
 
 _product_p = Primitive("adder_product")
 
@@ -164,7 +174,9 @@ def _differentiate(
 def _lower(context: mlir.LoweringRuleContext, *operands: Any, product: Product) -> Any:
     types, module = cast(Sequence[ShapedArray], context.avals_in), context.module_context
     compute: Callable[..., Array] = functools.partial(_compute, product)
-    if _explicit_mesh(types) is None and (devices := _partitioned_over(module)):
+    if lowered_literally.value:
+        compute = product.literal()
+    elif _explicit_mesh(types) is None and (devices := _partitioned_over(module)):
         compute = _on_automatic_axes(product, types, devices)
         # Any devices will do: a partitioned program has their positions only.
         axes = mlir.ShardingContext(len(devices), tuple(devices))
