@@ -67,12 +67,13 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise UserError(f"{path} is no ordinary file")
-            content = file.read(largest + 1)
+            # A file may also grow while it is read.
+            content = b"" if about.st_size > largest else file.read(largest + 1)
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, expected a file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if len(content) > largest:
+    if max(about.st_size, len(content)) > largest:
         raise UserError(f"{path} is too large: more than {largest:,} bytes")
     return content
 

@@ -17,6 +17,7 @@ from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
 from experiments.images import prepared
 from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, resized
+from experiments.images.streamed import StreamedImages
 
 
 def load(
@@ -81,8 +82,9 @@ def _check_test_images(dataset: Dataset) -> None:
             f"{dataset.name} has training images of {train.shape[1:]}, but test images of "
             f"{test.shape[1:]}; --image-size may make them alike"
         )
-    kept = isinstance(train, np.ndarray) and isinstance(test, np.ndarray)
-    if kept and train.shape == test.shape and np.array_equal(train, test):
+    if isinstance(train, StreamedImages) or isinstance(test, StreamedImages):
+        return
+    if np.array_equal(train, test):
         raise UserError(f"{dataset.name} has the same images for training and for the test")
 
 

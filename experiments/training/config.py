@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from experiments.common.errors import UserError
 from experiments.common.files import entry
@@ -360,11 +360,11 @@ def from_record(saved: Mapping[str, Any], where: Path) -> TrainConfig:
 
 
 def _kinds(field: dataclasses.Field[Any]) -> tuple[type, ...]:
-    """What a field may be, with what JSON makes of a tuple."""
-    known = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None)}
+    """What JSON makes of a field's values."""
     if field.name == "model_options":
         return (dict,)
-    return tuple(known[name] for name in str(field.type).split(" | "))
+    kind: Any = field.type
+    return get_args(kind) or (kind,)
 
 
 def flag(field: str) -> str:

@@ -18,7 +18,8 @@ from experiments.images.dataset import Dataset
 from experiments.images.load import load
 from experiments.training.checkpoint import checksum
 from experiments.training.config import AUGMENTATIONS, TrainConfig
-from experiments.training.run import Run, check_folders, epoch_order
+from experiments.training.folder import check_folders
+from experiments.training.run import Run, epoch_order
 from tests.experiments.stop import StopAfter
 
 # 7 steps an epoch; the last 4 images of an epoch are left out, and the last test batch is short.
