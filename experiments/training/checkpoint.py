@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ class Checkpoints:
             return
         meta = {"fingerprint": self.fingerprint, "progress": progress}
         try:
-            with _one_error(f"{self.folder / str(step)} cannot be saved, --resume goes on later"):
+            what = f"{self.folder / str(step)} cannot be saved, --resume goes on later"
+            with _one_error(what), _no_late_complaints():
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(
@@ -170,18 +172,20 @@ def _check_ordinary(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _no_late_complaints() -> Iterator[None]:
-    """Keeps a failed restore to one exception.
+    """Keeps a save or restore that fails to one exception.
 
-    When one array cannot be read, orbax closes its event loop while tensorstore still reads the
-    others; each of those then prints that the loop is closed.
+    When one array cannot be read or written, orbax closes its event loop while tensorstore still
+    is at the others; each of those then prints that the loop is closed. Its threads log what they
+    raise, too.
     """
-    before = sys.unraisablehook
+    before, log = sys.unraisablehook, logging.getLogger("absl")
 
     def hook(unraisable: Any) -> None:
         if "Event loop is closed" not in str(unraisable.exc_value):
             before(unraisable)
 
-    sys.unraisablehook = hook
+    sys.unraisablehook, level = hook, log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception:
@@ -189,6 +193,7 @@ def _no_late_complaints() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = before
+        log.setLevel(level)
 
 
 def check_fingerprint(saved: Any, current: Fingerprint, where: Path) -> None:

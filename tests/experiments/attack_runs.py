@@ -9,9 +9,7 @@ on and ends right. Prints what did not, and the counts. A full disk needs the ri
 
 import argparse
 import collections
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import random
@@ -22,17 +20,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.common.interrupt import LeaveAtOnce
+from experiments.train import main as main_of_train
+
 OPTIONS = shlex.split(
-    "--family adder --model lenet5 --image-size 8 --limit-train 64 --batch-size 32 --epochs 4 "
+    "--family adder --model lenet5 --image-size 8 --limit-train 64 --batch-size 32 --epochs 3 "
     "--checkpoint-every 0.2 --name run --devices 1"
 )
 OTHER = [*OPTIONS, "--learning-rate", "0.05"]
 TIMES = ("seconds", "images_per_second")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,11 @@ class End:
         """The one line of what was refused; what does not end in one is shown as it is."""
         lines = self.err.strip().splitlines()
         good = bool(lines) and lines[-1].startswith("error: ") and "Traceback" not in self.err
-        return lines[-1] if good else f"NOT ONE LINE: {self.err[-2000:]}"
+        return lines[-1] if good else f"NOT ONE LINE: {self.err[-1000:]}"
+
+    @property
+    def shown(self) -> str:
+        return f"{self.status} {self.error if self.status else ''}"
 
     @property
     def refused(self) -> bool:
@@ -71,41 +77,58 @@ def remains(folder: Path) -> list[str]:
             or ".orbax-checkpoint-tmp" in p.name]  # fmt: skip
 
 
-def start(options: list[str], out_dir: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", *options, "--out-dir", str(out_dir)],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """`python -m experiments.train` as a process of its own, less the time that imports take.
+
+    This process has imported everything, but has not asked JAX for its devices: a fork of it is
+    where the command would be after its imports.
+    """
+
+    pid: int
+    err: Path
+
+    @classmethod
+    def start(cls, options: list[str], out_dir: Path) -> "Process":
+        number, name = tempfile.mkstemp()
+        with warnings.catch_warnings(action="ignore"):  # JAX's, about its threads: none yet
+            pid = os.fork()
+        if pid == 0:
+            os.dup2(number, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            LeaveAtOnce.install()
+            status = 1
+            try:
+                status = main_of_train([*options, "--out-dir", str(out_dir)])
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+        os.close(number)
+        return cls(pid, Path(name))
+
+    def finish(self, seconds: float = 300) -> End:
+        """Waits; kills what takes longer."""
+        until = time.monotonic() + seconds
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() > until:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.02)
+        err = self.err.read_text()
+        self.err.unlink()
+        return End(os.waitstatus_to_exitcode(status), err)
 
 
-def finish(process: "subprocess.Popen[str]") -> End:
-    _, err = process.communicate(timeout=300)
-    return End(process.returncode, err)
-
-
-def here(options: list[str], out_dir: Path) -> End:
-    """The command in this process, which has imported everything; 120 s at the most."""
-    from experiments.train import main
-
-    def too_long(*_: object) -> None:
-        raise TimeoutError("the command hangs")
-
-    err = io.StringIO()
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(120)
-    try:
-        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-            status = main([*options, "--out-dir", str(out_dir)])
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    return End(status, err.getvalue())
+def run(options: list[str], out_dir: Path) -> End:
+    return Process.start(options, out_dir).finish()
 
 
 def go_on(options: list[str], out_dir: Path) -> End:
     """Resumes, or begins where nothing had been begun."""
-    end = here([*options, "--resume"], out_dir)
-    return here(options, out_dir) if "nothing to resume" in end.err else end
+    end = run([*options, "--resume"], out_dir)
+    return run(options, out_dir) if "nothing to resume" in end.err else end
 
 
 class Attacks:
@@ -119,10 +142,10 @@ class Attacks:
         self.place, self.counts = place, collections.Counter[str]()
         self.faults: list[str] = []
         for name, options in (("whole", OPTIONS), ("other", OTHER)):
-            end = here(options, place / name)
+            end = run(options, place / name)
             assert end.status == 0, end.err
         began = time.monotonic()
-        end = finish(start(OPTIONS, place / "timed"))  # fills what is left of the compiler's cache
+        end = run(OPTIONS, place / "timed")
         self.seconds = time.monotonic() - began
         assert end.status == 0, end.err
         self.whole = outcome(place / "whole/run")
@@ -158,9 +181,9 @@ class Attacks:
         random.shuffle(commands)
         processes = []
         for command in commands:
-            processes.append(start(command, folder))
+            processes.append(Process.start(command, folder))
             time.sleep(random.choice((0, 0, random.uniform(0, 0.3), random.uniform(0, 8))))
-        ends = [finish(process) for process in processes]
+        ends = [process.finish() for process in processes]
         for end in ends:
             self.check(end.status == 0 or end.refused, what, end)
         good = [c for c, end in zip(commands, ends, strict=True) if end.status == 0]
@@ -182,10 +205,10 @@ class Attacks:
         kills = 0
         for _ in range(random.choice((1, 1, 2))):
             again = ["--resume"] if (folder / "run/config.json").exists() else []
-            process = start([*OPTIONS, *again], folder)
-            time.sleep(random.uniform(0.4, 0.98) * self.seconds)
-            process.kill()
-            kills += finish(process).status == -signal.SIGKILL
+            process = Process.start([*OPTIONS, *again], folder)
+            time.sleep(random.uniform(0.2, 0.98) * self.seconds)
+            os.kill(process.pid, signal.SIGKILL)
+            kills += process.finish().status == -signal.SIGKILL
         saved = any((folder / "run/checkpoints").glob("[0-9]*"))
         left = bool(remains(folder)) if folder.exists() else False
         end = go_on(OPTIONS, folder)
@@ -201,20 +224,18 @@ class Attacks:
         kind, file, how = name.split(" ")
         folder = self.place / "damaged"
         shutil.copytree(self.place / "whole/run", folder / "run")
-        if kind == "unfinished":
+        steps = sorted(int(p.name) for p in (folder / "run/checkpoints").iterdir())
+        if kind == "unfinished":  # as if it had been killed before its last checkpoint
             (folder / "run/result.json").unlink()
-            shutil.rmtree(folder / "run/checkpoints/8")
-        step = "8" if kind == "finished" else "6"
-        path = folder / "run" / file.replace("STEP", step)
-        if not path.exists():  # of a teacher the newest, which it reads
-            path = folder / "run" / file.replace("STEP", "8")
+            shutil.rmtree(folder / f"run/checkpoints/{steps.pop()}")
+        path = folder / "run" / file.replace("STEP", str(steps[-1]))
         DAMAGES[how](path)
         if kind == "teacher":
             options = [*OPTIONS, "--teacher", str(folder / "run"), "--name", "pupil"]
-            end = here(options, folder)
+            end = run(options, folder)
             self.check(end.status == 0 or end.refused, name, end)
         else:
-            end = here([*OPTIONS, "--resume"], folder)
+            end = run([*OPTIONS, "--resume"], folder)
             self.check(end.status == 0 or end.refused, name, end)
             if end.status == 0:
                 self.check_end(name, folder / "run", self.whole)
@@ -229,7 +250,7 @@ class Attacks:
         size = f"size={kilobytes}k"
         subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], check=True)
         try:
-            end = finish(start(OPTIONS, disk))
+            end = run(OPTIONS, disk)
             good = end.status == 0 or (end.status == 1 and end.error.startswith("error: "))
             self.check(good, what, end)
             print(f"  {what}: {end.status} {end.error if end.status else ''}", flush=True)
@@ -338,8 +359,19 @@ def compile_once(cache: Path) -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
+
+
+def warm_up(place: Path) -> None:
+    """Imports and keeps what does not take a device, which a fork could not share."""
+    from experiments.images.load import load
+    from experiments.training import curves, run
+
+    row = dict.fromkeys(("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"), 1)
+    curves.draw(place / "curves.png", "title", {"adder": [row]})
+    load("digits")
+    # Once each run, at its end: pictures are not what is attacked.
+    run._Clock.draw_due = lambda self: False  # type: ignore[method-assign]
 
 
 def main() -> int:
@@ -354,6 +386,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         compile_once(place / "programs")
+        warm_up(place)
         attacks = Attacks(place)
         print(f"an undisturbed run takes {attacks.seconds:.1f} s", flush=True)
         # The first sizes have no room for a checkpoint, for the second one, for all files.
@@ -363,8 +396,10 @@ def main() -> int:
             attacks.damage(name)
         for number in range(options.pairs):
             attacks.pair(number)
+            print(f"  {number + 1} pairs: {dict(attacks.counts)}", flush=True)
         for number in range(options.kills):
             attacks.kill(number)
+            print(f"  {number + 1} kills: {dict(attacks.counts)}", flush=True)
         for what, count in sorted(attacks.counts.items()):
             print(f"{what}: {count}")
         print(f"faults: {len(attacks.faults)}")
