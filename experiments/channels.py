@@ -24,6 +24,7 @@ from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Cell, Outcome, Picture, Table
 from experiments.studies.ranks import effective_rank
 from experiments.studies.watch import Watched
+from experiments.training.config import TrainConfig
 from jadder.models import BasicBlock, ResNet, get_family
 
 ABOUT = """\
@@ -73,6 +74,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     count = (8 if place.smoke else 64) if options.images is None else options.images
     if count < 1:
         raise UserError(f"--images must be positive, got {count}")
+    seed = TrainConfig(seed=options.seed).seed  # raises where it cannot be one
     size = 8 if place.smoke else None
     default = "digits" if place.smoke else "cifar10"
     dataset = load(options.dataset or default, options.data_dir, image_size=size)
@@ -80,12 +82,12 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     blocks, width = ((1, 1), 4) if place.smoke else ((3, 3, 3), 16)
     rows = []
     for name in names:
-        network = build(STARTS[name], blocks, width, dataset, options.seed)
+        network = build(STARTS[name], blocks, width, dataset, seed)
         rows.append({"label": name, "products": observe(network, dataset, count)})
     draw(place.folder / "channels.png", rows)
     return Outcome(
         "How alike the channels of an untrained ResNet are",
-        tables=[table(rows, f"{dataset.name}, {count} test images, seed {options.seed}")],
+        tables=[table(rows, f"{dataset.name}, {count} test images, seed {seed}")],
         pictures=[Picture("channels.png", "Each 3 x 3 product in the order of the forward pass")],
         notes=["The first block's input comes from the stem, which multiplies in all of them."],
         data={"networks": rows},
@@ -188,7 +190,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     save(figure, path)
 
 
-EXPERIMENT = Experiment("channels", ABOUT, run, add_options)
+EXPERIMENT = Experiment("channels", ABOUT, run, add_options, saves=False)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 import jadder
 from experiments.common.drawing import new_figure, save
 from experiments.common.errors import UserError
-from experiments.common.files import read_json, write_json
+from experiments.common.files import entry, is_there, read_json, write_json
 from experiments.common.interrupt import Interrupted
 from experiments.images.dataset import Dataset
 from experiments.images.load import load
@@ -34,6 +34,8 @@ from experiments.studies.outcome import Cell, Outcome, Picture, Table
 from experiments.studies.ranks import Observer, effective_rank
 from experiments.studies.study import TrainingOptions
 from experiments.training import devices, optimizer, steps
+from experiments.training.build import refusals
+from experiments.training.checkpoint import check_same_options
 from experiments.training.config import TrainConfig
 from experiments.training.run import Diverged, epoch_order, means
 from jadder.implementations import Implementation
@@ -200,11 +202,11 @@ def vit(
     plan = {"variant": label, "norm": norm, "images": count, "data": dataset.fingerprint()}
     plan |= config.science()
     path = place.folder / (re.sub(r"\W+", "-", f"{label} s{seed}") + ".json")
-    if path.is_file():
+    if is_there(path):
         found = read_json(path)
-        if found["plan"] == plan:
-            return found
-        raise UserError(f"{path} is of another run; --out-dir makes a new one")
+        check_same_options(entry(found, "plan", dict, path), plan, path)
+        _check_ranks(found, path)
+        return found
     network = build(config, label, norm, dataset)
     observer = Observer(network, dataset, count)
     row: dict[str, Any] = {"label": label, "seed": seed, "plan": plan}
@@ -214,6 +216,19 @@ def vit(
     row["test_accuracy"] = observer.accuracy(network)
     write_json(path, row)
     return row
+
+
+def _check_ranks(found: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError unless a network's file has all that tables and pictures show."""
+    entry(found, "label", str, path)
+    entry(found, "seed", int, path)
+    for key in ("train_accuracy", "test_accuracy"):
+        entry(found, key, float, path)
+    for when in ("start", "trained"):
+        ranks = entry(found, when, dict, path)
+        for what in ("maps", "mixing", "tokens"):
+            for rank in entry(ranks, what, list, path):
+                entry({what: rank}, what, float, path)
 
 
 def build(config: TrainConfig, label: str, norm: str, dataset: Dataset) -> nnx.Module:
@@ -228,7 +243,7 @@ def build(config: TrainConfig, label: str, norm: str, dataset: Dataset) -> nnx.M
         implementation = cast(Implementation, config.implementation)
         family = dataclasses.replace(family, implementation=implementation)
     height, width, channels = dataset.train_images.shape[1:]
-    try:
+    with refusals(f"images of {height} x {width} x {channels}"):
         return jadder.models.create(
             config.model,
             family=family,
@@ -240,8 +255,6 @@ def build(config: TrainConfig, label: str, norm: str, dataset: Dataset) -> nnx.M
             rngs=nnx.Rngs(config.seed),
             **config.model_arguments(),
         )
-    except ValueError as error:
-        raise UserError(f"images of {height} x {width} x {channels}: {error}") from error
 
 
 def train(

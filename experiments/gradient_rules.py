@@ -195,7 +195,7 @@ def draw(path: Path) -> None:
     save(figure, path)
 
 
-EXPERIMENT = Experiment("gradient_rules", ABOUT, run)
+EXPERIMENT = Experiment("gradient_rules", ABOUT, run, saves=False)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.images.prepared import import_tfds
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome
 from experiments.studies.study import TrainingOptions, comparison, families, train, with_seeds
@@ -71,11 +72,10 @@ def write_stand_in(folder: Path) -> None:
 
     JPEG files of several sizes with smooth colours, brighter on the left or on the right.
     """
-    import tensorflow_datasets as tfds
-
+    tfds = import_tfds()
     tfds.disable_progress_bar()
 
-    class StandIn(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+    class StandIn(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc, name-defined]
         VERSION = tfds.core.Version("1.0.0")
         url_infos: dict[str, Any] = {}  # noqa: RUF012 - otherwise looked for beside this module
 

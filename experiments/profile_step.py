@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import jadder
 from benchmarks.timing import interleaved
 from experiments.common.drawing import new_figure, save
+from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Cell, Outcome, Picture, Table
@@ -63,6 +65,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
         model, repeats, families, images = "lenet5", 2, families[:1], Images(4, 8, 1)
     if min(*images.shape, repeats) < 1:
         raise UserError(f"images {images.shape} and --repeats {repeats} must be positive")
+    check_memory(4 * math.prod(images.shape), "a batch of --batch-size images")
     loads = [load_average()]
     profiles = {
         family: profile(model, chosen(family, options.implementation), images, repeats)
@@ -295,7 +298,7 @@ def draw_totals(path: Path, profiles: Mapping[str, Any], title: str) -> None:
     save(figure, path)
 
 
-EXPERIMENT = Experiment("profile_step", ABOUT, run, add_options)
+EXPERIMENT = Experiment("profile_step", ABOUT, run, add_options, saves=False)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

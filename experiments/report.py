@@ -7,16 +7,17 @@ anything. Whatever a result says is text to it.
 import argparse
 import base64
 import dataclasses
+import os
 import re
 import string
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.common.errors import UserError, status_of
-from experiments.common.files import read_json, write_bytes
+from experiments.common.errors import UserError, one_line, status_of
+from experiments.common.files import is_there, read_bytes, read_json, write_bytes
 from experiments.studies.outcome import Picture, Table
 from experiments.training.config import Parser
 
@@ -52,6 +53,7 @@ $sections
 FORMAT = re.compile(r",?(\.\d{1,2})?[defg%]?")
 # What a file that says something else than expected brings about.
 DAMAGE = (UserError, KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError)
+LARGEST_PICTURE = 2**24
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -139,15 +141,18 @@ def find(folders: Iterable[Path]) -> Found:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
-    paths = {path.resolve(): path for folder in folders for path in folder.rglob("result.json")}
+    damaged: list[tuple[Path, str]] = []
+    paths: dict[str, Path] = {}
+    for folder in folders:
+        for path in _results(folder, damaged):
+            paths.setdefault(os.path.realpath(path), path)
     if not paths:
         raise UserError(f"there is no result.json under {', '.join(map(str, folders))}")
     experiments: list[Section] = []
     runs: dict[Path, dict[str, Any]] = {}
-    damaged: list[tuple[Path, str]] = []
     for path in sorted(paths.values()):
         try:
-            result = _an_object(read_json(path), "result.json")
+            result = read_json(path)
             if "experiment" in result:
                 experiments.append(_experiment(path.parent, result))
             else:
@@ -159,8 +164,19 @@ def find(folders: Iterable[Path]) -> Found:
     return Found(experiments, runs, damaged)
 
 
+def _results(folder: Path, damaged: list[tuple[Path, str]]) -> Iterator[Path]:
+    """Whatever is named `result.json` under a folder. No link to a folder is followed."""
+
+    def unreadable(error: OSError) -> None:
+        damaged.append((Path(error.filename), error.strerror or "cannot be read"))
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        if "result.json" in (*folders, *files):
+            yield Path(place, "result.json")
+
+
 def _reason(error: Exception) -> str:
-    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return f"it lacks {error}" if isinstance(error, KeyError) else one_line(str(error))
 
 
 def _an_object(value: Any, what: str) -> dict[str, Any]:
@@ -203,7 +219,7 @@ def _run_section(folder: Path, result: dict[str, Any]) -> Section:
         str(result["command"]),
         _facts(result),
         [run_table("Result", {folder: result}, {})],
-        pictures if (folder / "curves.png").is_file() else [],
+        pictures if is_there(folder / "curves.png") else [],
         [str(result["note"])] if result.get("note") else [],
     )
 
@@ -360,9 +376,13 @@ def _table(table: Table) -> str:
 
 def _figure(folder: Path, picture: Picture) -> str:
     path, caption = folder / picture.file, escape(picture.caption)
-    content = path.read_bytes() if path.is_file() else b""
-    if not content.startswith(PNG):
-        return f'<p class="bad">{escape(str(path))} is not a PNG. {caption}</p>'
+    try:
+        content = read_bytes(path, LARGEST_PICTURE)
+        reason = "" if content.startswith(PNG) else f"{path} is not a PNG"
+    except UserError as error:
+        reason = str(error)
+    if reason:
+        return f'<p class="bad">{escape(reason)}. {caption}</p>'
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return (
         f'<figure><div class="scroll"><img alt="{caption}" src="{source}"></div>'

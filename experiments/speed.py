@@ -14,6 +14,7 @@ import jax
 import jadder
 from benchmarks.timing import interleaved
 from experiments.common.drawing import new_figure, save
+from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Cell, Outcome, Picture, Table
@@ -90,11 +91,12 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     images, repeats = Images(options.batch_size, 32, 3), options.repeats
     if place.smoke:
         networks, images, repeats = {"LeNet-5": "lenet5"}, Images(4, 8, 1), 2
-    if images.batch < FEWEST or repeats < 1 or options.memory_limit <= 0:
+    if images.batch < FEWEST or repeats < 1 or not options.memory_limit > 0:
         raise UserError(
             f"--batch-size must be at least {FEWEST}, --repeats and --memory-limit positive, got "
             f"{images.batch}, {repeats} and {options.memory_limit:g}"
         )
+    check_memory(4 * math.prod(images.shape), "a batch of --batch-size images")
     loads = [load_average()]
     rows = [
         row
@@ -310,7 +312,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     save(figure, path)
 
 
-EXPERIMENT = Experiment("speed", ABOUT, run, add_options)
+EXPERIMENT = Experiment("speed", ABOUT, run, add_options, saves=False)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

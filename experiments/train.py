@@ -1,5 +1,6 @@
 """Train an AdderNet and its multiplying twin: `python -m experiments.train --help`."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -13,7 +14,10 @@ from experiments.common.errors import UserError, status_of
 from experiments.training.config import TrainConfig, parse
 
 if TYPE_CHECKING:
-    from experiments.training.run import Result, Run
+    from experiments.common.interrupt import StopRequest
+    from experiments.images.dataset import Dataset
+    from experiments.training.folder import Result
+    from experiments.training.run import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,11 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_extras(config)
         return train_all(config, argv)
 
-    try:
-        return status_of(train)
-    except KeyboardInterrupt:
-        print("interrupted; the last checkpoint is kept, --resume goes on from it", file=sys.stderr)
-        return 130
+    return status_of(train)
 
 
 def check_extras(config: TrainConfig) -> None:
@@ -38,7 +38,7 @@ def check_extras(config: TrainConfig) -> None:
     if config.dataset == "digits":
         needed["sklearn"] = "scikit-learn"
     if config.dataset.startswith("tfds:"):
-        needed["tensorflow_datasets"] = "tensorflow-datasets"
+        needed |= {"tensorflow_datasets": "tensorflow-datasets", "array_record": "array-record"}
     missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(f"needs {', '.join(missing)}: pip install 'jadder[train]'")
@@ -47,68 +47,93 @@ def check_extras(config: TrainConfig) -> None:
 def train_all(config: TrainConfig, argv: Sequence[str]) -> int:
     """Trains each family in turn and prints what came out."""
     from experiments.common.interrupt import Interrupted, StopRequest
-    from experiments.training import processes, run
+    from experiments.training import build, folder, processes
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's and tfds' own progress reports
     command = shlex.join(["python", "-m", "experiments.train", *argv])
     processes.connect(config)
-    with processes.together():
-        config, runs = prepare(config, command)
-        finished = {family: one.finished() for family, one in runs.items()}
-    ended = [family for family, result in finished.items() if result is not None]
-    fingerprints = [one.fingerprint for one in runs.values()]
-    processes.check_same("the options, data or finished runs", (fingerprints, ended))
-    first = processes.is_first()
-    results = {}
-    try:
-        with StopRequest() as stop:
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            dataset = read_dataset(config)
+            config = dataclasses.replace(config, model=build.choose_model(config.model, dataset))
+            folder.check_folders(config)
+        stop = held.enter_context(StopRequest())
+        with processes.together():
+            if processes.is_first():
+                for family in config.family:
+                    held.enter_context(folder.owned(run_folder(config, family)))
+                folder.check_folders(config)
+            runs = prepare(config, dataset, command, stop)
+            finished = {family: one.finished() for family, one in runs.items()}
+        ended = [family for family, result in finished.items() if result is not None]
+        fingerprints = [one.fingerprint for one in runs.values()]
+        processes.check_same("the options, data or finished runs", (fingerprints, ended))
+        first = processes.is_first()
+        results = {}
+        try:
             for family, one in runs.items():
                 result = finished[family]
                 if result is not None and first:
                     accuracy = f"test accuracy {result['test_accuracy']:.2%}"
                     print(f"{one.folder} is finished already: {accuracy}", file=sys.stderr)
                 results[family] = result or one.train(stop)
-    except Interrupted as stopped:
-        again = command if config.resume else f"{command} --resume"
+        except Interrupted as stopped:
+            again = command if config.resume else f"{command} --resume"
+            if first:
+                print(f"{stopped} and saved; go on with:\n{again}", file=sys.stderr)
+            return 128 + stopped.signum
         if first:
-            print(f"{stopped} and saved; go on with:\n{again}", file=sys.stderr)
-        return run.exit_status(stopped.signum)
-    if first:
-        report(config, results)
+            report(config, runs, results)
     return 0
 
 
-def prepare(config: TrainConfig, command: str) -> "tuple[TrainConfig, dict[str, Run]]":
-    """The configuration with its model, and each family's run, before the first one trains.
+def read_dataset(config: TrainConfig) -> "Dataset":
+    """The images that the configuration names.
 
     Raises:
-        UserError: what cannot be done, all of it found out now.
+        UserError: they are not to be had.
     """
     from experiments.images.load import load
-    from experiments.training import build, run
 
-    dataset = load(
+    return load(
         config.dataset, config.data_dir, image_size=config.image_size,
         limit_train=config.limit_train, validation=config.validation,
         image_memory=config.image_memory,
     )  # fmt: skip
-    config = dataclasses.replace(config, model=build.choose_model(config.model, dataset))
-    run.check_folders(config)
-    return config, {f: run.Run(config, f, dataset, command) for f in config.family}
 
 
-def report(config: TrainConfig, results: "dict[str, Result]") -> None:
+def run_folder(config: TrainConfig, family: str) -> Path:
+    return Path(config.out_dir) / config.run_name(family)
+
+
+def prepare(
+    config: TrainConfig, dataset: "Dataset", command: str, stop: "StopRequest"
+) -> "dict[str, Run]":
+    """Each family's run, before the first one trains.
+
+    Raises:
+        UserError: what cannot be done, all of it found out now.
+        Interrupted: `stop` was requested.
+    """
+    from experiments.training.run import Run
+
+    runs = {}
+    for family in config.family:
+        runs[family] = Run(config, family, dataset, command)
+        stop.check("interrupted before training began")
+    return runs
+
+
+def report(config: TrainConfig, runs: "dict[str, Run]", results: "dict[str, Result]") -> None:
     """Prints a table of the runs and draws them in one picture."""
     from experiments.training.curves import draw
-    from experiments.training.metrics import read_rows
 
-    folders = {family: Path(config.out_dir) / config.run_name(family) for family in results}
-    if len(folders) == 1:
-        picture = next(iter(folders.values())) / "curves.png"
+    if len(runs) == 1:
+        picture = next(iter(runs.values())).folder / "curves.png"
     else:
         picture = Path(config.out_dir) / f"{config.comparison_name}.png"
-        rows = {family: read_rows(folder / "metrics.jsonl") for family, folder in folders.items()}
-        draw(picture, f"{config.model} on {config.dataset}", rows)
+        title = f"{config.model} on {config.dataset}"
+        draw(picture, title, {family: one.rows for family, one in runs.items()})
     print(table(results))
     print(f"picture: {picture}")
 

@@ -1,15 +1,17 @@
 """What a result was measured with: versions, hardware, memory."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from experiments.common.errors import UserError
 
 
 def versions() -> dict[str, str]:
@@ -41,10 +43,36 @@ def hardware(devices: Sequence[jax.Device]) -> dict[str, Any]:
     }
 
 
+def check_memory(size: int, what: str) -> None:
+    """Raises UserError if `what`, of `size` bytes, is more than this process may ever have."""
+    memory = total_memory()
+    if memory is not None and size > memory:
+        raise UserError(f"{what} would take {size / 2**30:,.0f} GiB of {memory / 2**30:,.0f} GiB")
+
+
+def total_memory() -> int | None:
+    """Bytes that the machine, or the container, has; None where the system does not say it."""
+    found = []
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # there it says "max" where there is no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=None)
+
+
 def peak_memory() -> dict[str, int]:
-    """The most memory this process has held so far, in bytes, on the host and on the device."""
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peaks = {"peak_rss_bytes": rss if sys.platform == "darwin" else rss * 1024}
+    """The most memory this process has held so far, in bytes, on the host and on the device.
+
+    Without the host's where the system does not say it, as on Windows.
+    """
+    peaks = {}
+    try:
+        import resource
+    except ImportError:
+        pass
+    else:
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks["peak_rss_bytes"] = rss if sys.platform == "darwin" else rss * 1024
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         peaks["peak_device_bytes"] = stats["peak_bytes_in_use"]

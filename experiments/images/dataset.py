@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
 from experiments.images.streamed import StreamedImages
 
@@ -65,11 +66,19 @@ def moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     values = np.arange(256) / 255
     means, stds = [], []
     for channel in range(images.shape[-1]):
-        weights = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., 0].size
+        weights = _counts(images[..., channel]) / images[..., 0].size
         mean = float(weights @ values)
         means.append(mean)
         stds.append(max(math.sqrt(float(weights @ (values - mean) ** 2)), 1 / 255))
     return tuple(means), tuple(stds)
+
+
+def _counts(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each of the 256 values occurs; some images at a time, as bincount widens them."""
+    counts = np.zeros(256, np.int64)
+    for start in range(0, len(values), 1024):
+        counts += np.bincount(values[start : start + 1024].ravel(), minlength=256)
+    return counts
 
 
 def resize(images: Images, size: int) -> Images:
@@ -97,6 +106,8 @@ def resized(dataset: Dataset, size: int) -> Dataset:
         raise TypeError("streamed images are resized when they are read")
     if train.shape[1:3] == test.shape[1:3] == (size, size):
         return dataset
+    count = len(train) + len(test)
+    check_memory(count * size**2 * train.shape[-1], f"{count} images of --image-size {size}")
     train, test = resize(train, size), resize(test, size)
     mean, std = moments(train)
     return dataclasses.replace(dataset, train_images=train, test_images=test, mean=mean, std=std)

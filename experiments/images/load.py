@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
 from experiments.images import prepared
 from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, resized
+from experiments.images.streamed import StreamedImages
 
 
 def load(
@@ -55,6 +57,7 @@ def load(
         image_size = 28
     if image_size is not None and not name.startswith("tfds:"):
         dataset = resized(dataset, image_size)
+    _check_test_images(dataset)
     if validation:
         dataset = _held_back(dataset, validation)
     if limit_train is not None:
@@ -69,6 +72,20 @@ def load(
             train_labels=dataset.train_labels[:limit_train],
         )
     return dataset
+
+
+def _check_test_images(dataset: Dataset) -> None:
+    """Refuses test images that no network for the training images takes, or that are those."""
+    train, test = dataset.train_images, dataset.test_images
+    if train.shape[1:] != test.shape[1:]:
+        raise UserError(
+            f"{dataset.name} has training images of {train.shape[1:]}, but test images of "
+            f"{test.shape[1:]}; --image-size may make them alike"
+        )
+    if isinstance(train, StreamedImages) or isinstance(test, StreamedImages):
+        return
+    if np.array_equal(train, test):
+        raise UserError(f"{dataset.name} has the same images for training and for the test")
 
 
 def _held_back(dataset: Dataset, count: int) -> Dataset:
@@ -156,49 +173,77 @@ def _read_idx_pair(images_path: Path, labels_path: Path) -> tuple[Images, Labels
 
 def read_idx(path: Path, *, dims: int) -> Images:
     """Reads an IDX file of unsigned bytes with `dims` dimensions, plain or compressed by gzip."""
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path} is truncated or damaged: {error}") from None
+    header = 4 + 4 * dims
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            raw = file.read(header)
+            shape = _idx_shape(path, raw, dims)
+            expected = header + math.prod(shape)
+            check_memory(expected, f"{path}: images of the shape {shape}")
+            # One byte more shows a file that is too long, or that never ends once unpacked.
+            raw += file.read(expected - header + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is truncated or damaged: {error}") from None
+    size = len(raw) if packed else path.stat().st_size
+    if size != expected:
+        kind = "truncated" if size < expected else "too long"
+        raise UserError(f"{path} is {kind}: expected {expected} bytes, got {size}")
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _idx_shape(path: Path, header: bytes, dims: int) -> tuple[int, ...]:
     magic = bytes((0, 0, 8, dims))
-    if raw[:4] != magic:
+    if header[:4] != magic:
         raise UserError(
             f"{path} is not an IDX file of {'images' if dims == 3 else 'labels'}: expected it to "
-            f"begin with {magic.hex(' ')}, got {raw[:4].hex(' ') or 'an empty file'}"
+            f"begin with {magic.hex(' ')}, got {header[:4].hex(' ') or 'an empty file'}"
         )
-    header = 4 + 4 * dims
-    if len(raw) < header:
-        raise UserError(f"{path} is truncated: expected {header} bytes of header, got {len(raw)}")
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", dims, 4))
-    expected = header + math.prod(shape)
-    if len(raw) != expected:
-        kind = "truncated" if len(raw) < expected else "too long"
-        raise UserError(f"{path} is {kind}: expected {expected} bytes, got {len(raw)}")
+    expected = 4 + 4 * dims
+    if len(header) < expected:
+        raise UserError(
+            f"{path} is truncated: expected {expected} bytes of header, got {len(header)}"
+        )
+    shape = tuple(int(n) for n in np.frombuffer(header, ">u4", dims, 4))
     if 0 in shape:
         raise UserError(f"{path} is empty: its header gives the shape {shape}")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    return shape
 
 
 # -- CIFAR-10: binary version ----------------------------------------------------------------------
 
 _CIFAR_RECORD = 1 + 3 * 32 * 32
+_CIFAR_IMAGES = 10_000
+"""In each file, as published."""
 
 
 def _load_cifar10(data_dir: Path) -> Dataset:
     folder = _find_folder(data_dir, ("cifar-10-batches-bin", "cifar10"))
     paths = [folder / f"data_batch_{i}.bin" for i in range(1, 6)] + [folder / "test_batch.bin"]
     _check_complete(folder, paths, "of CIFAR-10's binary version")
-    sizes = {path.name: path.stat().st_size for path in paths[:5]}
-    if len(set(sizes.values())) != 1:
+    sizes = {path.name: path.stat().st_size for path in paths}
+    if len({sizes[path.name] for path in paths[:5]}) != 1:
         raise UserError(f"{folder}: expected five training files of one size, got {sizes} bytes")
     parts = [_read_cifar(path) for path in paths]
+    counts = {path.name: len(labels) for path, (_, labels) in zip(paths, parts, strict=True)}
+    if len(set(counts.values())) != 1:
+        raise UserError(
+            f"{folder}: expected six files of as many images, {_CIFAR_IMAGES} as published, got "
+            f"{counts}"
+        )
+    first: dict[int, str] = {}
+    for path, (images, _) in zip(paths, parts, strict=True):
+        other = first.setdefault(zlib.crc32(images.data), path.name)
+        if other != path.name:
+            raise UserError(f"{folder}: {other} and {path.name} hold the same images")
     images = np.concatenate([part[0] for part in parts[:5]])
     labels = np.concatenate([part[1] for part in parts[:5]])
+    each = len(parts[5][0])
+    note = "" if each == _CIFAR_IMAGES else f"{each} images of the {_CIFAR_IMAGES} in each file"
     return Dataset(
         "cifar10", images, labels, *parts[5], 10,
-        (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), crop_padding=4, flip=True,
+        (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), crop_padding=4, flip=True, note=note,
     )  # fmt: skip
 
 
@@ -209,6 +254,7 @@ def _read_cifar(path: Path) -> tuple[Images, Labels]:
             f"{path} is truncated or of another kind: expected a multiple of {_CIFAR_RECORD} "
             f"bytes (30730000 as published), got {size}"
         )
+    check_memory(2 * size, str(path))
     records = np.fromfile(path, np.uint8).reshape(-1, _CIFAR_RECORD)
     labels = records[:, 0].astype(np.int32)
     check_labels(labels, 10, path)

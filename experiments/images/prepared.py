@@ -2,15 +2,20 @@
 
 import math
 import os
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from experiments.common.errors import UserError
+from experiments.common.files import read_json
 from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, resize
 from experiments.images.streamed import StreamedImages
+
+OWN_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+", re.ASCII)
 
 
 def load(
@@ -24,9 +29,9 @@ def load(
     Raises:
         UserError: there is no such set, it is of another kind or format, or it cannot be read.
     """
-    import tensorflow_datasets as tfds
-
     folder = _find(name, data_dir)
+    _check_features(folder)
+    tfds = import_tfds()
     try:
         builder = tfds.builder_from_directory(folder)
         splits = builder.info.splits
@@ -68,6 +73,57 @@ def load(
         flip=not any(word in name for word in ("mnist", "kmnist", "svhn", "cmaterdb", "digit")),
         note=f"test images: the split {test!r}",
     )  # fmt: skip
+
+
+def import_tfds() -> Any:
+    """tensorflow-datasets as it is installed; not what has its name where the command is run.
+
+    Raises:
+        UserError: it, or array_record, is not there.
+    """
+    before, here = list(sys.path), os.getcwd()
+    sys.path[:] = [path for path in before if path and os.path.abspath(path) != here]
+    try:
+        import array_record  # noqa: F401 - has no package for Windows
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            f"--dataset tfds:NAME needs tensorflow-datasets and array-record, which here are not "
+            f"to be had: {error}"
+        ) from None
+    finally:
+        sys.path[:] = before
+    return tfds
+
+
+def _check_features(folder: Path) -> None:
+    """Refuses a set with types of features that tensorflow-datasets does not have itself.
+
+    It would import the module that features.json names, from wherever Python finds one.
+
+    Raises:
+        UserError: see above, or a file is damaged.
+    """
+    path = folder / "features.json"
+    # Both forms that the library reads: since 4.5 the second.
+    for name in _values(read_json(path), ("type", "pythonClassName", "python_class_name")):
+        if not OWN_FEATURE.fullmatch(name):
+            raise UserError(
+                f"{path} has a feature of the type {name!r:.200}, which is none of "
+                "tensorflow-datasets' own"
+            )
+
+
+def _values(value: Any, keys: Sequence[str]) -> Iterator[str]:
+    """The strings that have one of these keys, at any depth of a JSON value."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield from (value[key] for key in keys if isinstance(value.get(key), str))
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 def _command(name: str, folder: str) -> str:

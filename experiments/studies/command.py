@@ -18,7 +18,9 @@ import jax
 
 from experiments.common.environment import hardware, peak_memory, versions
 from experiments.common.errors import status_of
+from experiments.common.files import remove_scratch
 from experiments.common.interrupt import Interrupted, StopRequest
+from experiments.common.lock import hold
 from experiments.studies.outcome import Outcome
 from experiments.training.config import Parser
 
@@ -49,12 +51,15 @@ class Experiment:
         about: the help's description.
         add_options: adds the script's own options to a parser.
         run: does it.
+        saves: whether `run` asks for `Place.stop` and has kept what it did until then; others are
+            interrupted wherever they are.
     """
 
     name: str
     about: str
     run: Callable[[argparse.Namespace, Place], Outcome]
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    saves: bool = True
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs the command line `argv` and returns the exit status."""
@@ -83,20 +88,30 @@ class Experiment:
 
     def _run(self, options: argparse.Namespace, argv: Sequence[str]) -> int:
         folder = Path(options.out_dir) / (f"{self.name}-smoke" if options.smoke else self.name)
-        folder.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["python", "-m", f"experiments.{self.name}", *argv])
-        start = time.monotonic()
-        try:
-            with StopRequest() as stop, _compile_time(short=options.smoke):
-                outcome = self.run(options, Place(folder, options.smoke, command, stop))
-        except Interrupted as stopped:
-            print(f"{stopped} and saved; go on with:\n{command}", file=sys.stderr)
-            return 128 + stopped.signum
+        stop = StopRequest()
+        with contextlib.ExitStack() as held:
+            if self.saves:
+                held.enter_context(stop)
+            held.enter_context(hold(folder))
+            remove_scratch(folder)
+            held.enter_context(_compile_time(short=options.smoke))
+            place = Place(folder, options.smoke, command, stop)
+            try:
+                return self._run_in(place, options)
+            except Interrupted as stopped:
+                print(f"{stopped} and saved; go on with:\n{command}", file=sys.stderr)
+                return 128 + stopped.signum
+
+    def _run_in(self, place: Place, options: argparse.Namespace) -> int:
+        """Runs the experiment, saves what it found and prints it."""
+        folder, start = place.folder, time.monotonic()
+        outcome = self.run(options, place)
         outcome.save(
             folder,
             experiment=self.name,
-            command=command,
-            smoke=options.smoke,
+            command=place.command,
+            smoke=place.smoke,
             seconds=round(time.monotonic() - start, 1),
             **peak_memory(),
             versions=versions(),

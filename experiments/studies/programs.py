@@ -13,8 +13,8 @@ from flax import nnx
 from jax import Array
 
 import jadder.models
-from experiments.common.errors import UserError
 from experiments.training import optimizer, steps
+from experiments.training.build import refusals
 from experiments.training.config import TrainConfig
 from jadder.models import Family
 from jadder.nn import adder_mask
@@ -108,7 +108,7 @@ def create(name: str, family: Family, images: Images, **options: Any) -> nnx.Mod
     Raises:
         UserError: it cannot take such images or options.
     """
-    try:
+    with refusals(f"{name} on images of {images.shape[1:]}"):
         return jadder.models.create(
             name,
             family=family,
@@ -118,8 +118,6 @@ def create(name: str, family: Family, images: Images, **options: Any) -> nnx.Mod
             rngs=nnx.Rngs(0),
             **options,
         )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} on images of {images.shape[1:]}: {error}") from error
 
 
 def prepare(model: nnx.Module, name: str, images: Images) -> Network:

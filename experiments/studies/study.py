@@ -17,16 +17,18 @@ from typing import Any
 import jax
 
 from experiments.common.errors import UserError
-from experiments.common.files import write_json
+from experiments.common.files import entry, is_there, read_json, write_json
 from experiments.images.dataset import Dataset
 from experiments.images.load import load
 from experiments.studies.command import Place
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.training.build import choose_model
+from experiments.training.checkpoint import check_fingerprint
 from experiments.training.config import FAMILIES, IMPLEMENTATIONS, TrainConfig
 from experiments.training.curves import draw
-from experiments.training.metrics import Row, read_rows
-from experiments.training.run import Diverged, Result, Run, Wrap
+from experiments.training.folder import Result, owned
+from experiments.training.metrics import Row
+from experiments.training.run import Diverged, Run, Wrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +120,15 @@ def train(
             out_dir=str(place.folder),
             name=folder_name(label),
         )
-        run = Run(config, config.family[0], dataset, place.command, wrap)
-        result = _train_one(run, place)
-        seen = None
-        if at_end is not None and result is not None:
-            run.restore()
-            seen = at_end(run)
-        rows = read_rows(run.folder / "metrics.jsonl")
-        done.append(Trained(label, config, run.folder, rows, result, dataset.num_classes, seen))
+        with owned(place.folder / config.run_name(config.family[0])):
+            run = Run(config, config.family[0], dataset, place.command, wrap)
+            place.stop.check(f"interrupted: what comes before {run.name} is done")
+            result = _train_one(run, place)
+            seen = None
+            if at_end is not None and result is not None:
+                run.restore()
+                seen = at_end(run)
+        done.append(Trained(label, config, run.folder, run.rows, result, dataset.num_classes, seen))
         if not place.smoke:
             # The programs of a run are of no use to the next one, and large.
             jax.clear_caches()
@@ -145,13 +148,20 @@ def folder_name(label: str) -> str:
 def _train_one(run: Run, place: Place) -> Result | None:
     """The run's result, None where it diverged, now or in an earlier process."""
     record = run.folder / "diverged.json"
-    if record.is_file():
+    if is_there(record):
+        saved = read_json(record)
+        entry(saved, "message", str, record)
+        if "run" in saved:  # earlier versions did not say it
+            check_fingerprint(saved["run"], run.fingerprint, record)
+        run.rows = run.saved_rows()
         return None
     try:
         return run.finished() or run.train(place.stop)
     except Diverged as diverged:
         print(diverged, file=sys.stderr)
-        write_json(record, {"step": diverged.step, "message": str(diverged)})
+        write_json(record, {
+            "step": diverged.step, "message": str(diverged), "run": run.fingerprint
+        })  # fmt: skip
         return None
 
 

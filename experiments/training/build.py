@@ -1,7 +1,9 @@
 """The model that a configuration asks for."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import jax
@@ -10,6 +12,7 @@ from flax import nnx
 
 import jadder
 import jadder.models
+from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
 from experiments.images.dataset import Dataset
 from experiments.training.config import TrainConfig
@@ -53,8 +56,11 @@ def build_model(config: TrainConfig, family: str, dataset: Dataset) -> nnx.Modul
         implementation = cast(Implementation, config.implementation)
         layers = dataclasses.replace(layers, implementation=implementation)
     height, width, channels = dataset.train_images.shape[1:]
-    try:
-        model = jadder.models.create(
+    batch = (config.batch_size, height, width, channels)
+    check_memory(4 * math.prod(batch), "a batch of --batch-size images")
+
+    def create() -> nnx.Module:
+        return jadder.models.create(
             config.model,
             family=layers,
             num_classes=dataset.num_classes,
@@ -63,20 +69,55 @@ def build_model(config: TrainConfig, family: str, dataset: Dataset) -> nnx.Modul
             rngs=nnx.Rngs(config.seed),
             **{**TYPES[config.dtype], **config.model_arguments()},
         )
-        _check_logits(model, (config.batch_size, height, width, channels), dataset.num_classes)
-    except (TypeError, ValueError) as error:
-        shape = f"{height} x {width} x {channels}"
-        raise UserError(f"--model {config.model} on images of {shape}: {error}") from error
+
+    with refusals(f"--model {config.model} on images of {height} x {width} x {channels}"):
+        if config.model_options:
+            check_sizes(nnx.eval_shape(create))
+        model = create()
+        check_sizes(model)
+        _check_logits(model, batch, dataset.num_classes)
     return model
 
 
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Makes a UserError of what a model's constructor, or its call, raises for bad arguments.
+
+    Args:
+        what: was asked for.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what}: {error}") from error
+    except (ArithmeticError, LookupError, AttributeError, MemoryError, RuntimeError) as error:
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def check_sizes(model: nnx.Module) -> None:
+    """Refuses a network, real or abstract, that is empty in a place or larger than the memory.
+
+    Raises:
+        UserError: see above.
+    """
+    size = 0
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        shape = variable.get_value().shape
+        if 0 in shape:
+            raise UserError(f"its {'.'.join(map(str, path))} has the shape {shape}")
+        size += math.prod(shape) * jnp.dtype(variable.get_value().dtype).itemsize
+    check_memory(size, "its parameters")
+
+
 def _check_logits(model: nnx.Module, images: tuple[int, ...], num_classes: int) -> None:
-    """Traces the model, without computing anything, so that what does not fit is said early."""
+    """Traces the model in training, computing nothing, so that what does not fit is said early."""
     graphdef, state = nnx.split(model)
 
     def forward(state: Any) -> Any:
         traced: Any = nnx.merge(graphdef, state)
-        traced.eval()
+        traced.train()
         return traced(jnp.zeros(images))
 
     logits = jax.eval_shape(forward, state)

@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -12,9 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.common.errors import UserError
-
-Fingerprint = dict[str, Any]
+from experiments.common.errors import UserError, disk_is_full, one_line
+from experiments.common.files import LARGEST, is_there
+from experiments.training.folder import Fingerprint, remove_unfinished
 
 LATER: Fingerprint = {
     "dtype": "float32",
@@ -40,16 +42,27 @@ class Checkpoints:
     Args:
         folder: where the checkpoints lie, each in a folder named after its step.
         fingerprint: what decides the run's numbers; a checkpoint with another one is refused.
+        read_only: leaves the folder as it is, and makes none.
+
+    Raises:
+        UserError: the folder cannot be read or made.
     """
 
-    def __init__(self, folder: Path, fingerprint: Fingerprint):
+    def __init__(self, folder: Path, fingerprint: Fingerprint, *, read_only: bool = False):
         self.folder = folder
         self.fingerprint = fingerprint
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            item_names=("state", "meta"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
+        if is_there(folder) and not folder.is_dir():
+            raise UserError(f"{folder} is a file, expected a folder with checkpoints")
+        limits: dict[str, Any] = (
+            {"read_only": True, "create": False, "save_interval_steps": 0}
+            if read_only
+            else {"max_to_keep": 2}
         )
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **limits)
+        with _one_error(f"{folder} cannot be opened"):
+            self._manager = ocp.CheckpointManager(
+                folder.absolute(), item_names=("state", "meta"), options=options
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -58,16 +71,28 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Saves `state`, a tree of arrays; does nothing where this step is saved already."""
+        """Saves `state`, a tree of arrays; does nothing where this step is saved already.
+
+        Raises:
+            UserError: it cannot be saved, because the disk is full, say. What was saved before is
+                there still.
+        """
         if step in self._manager.all_steps():
             return
         meta = {"fingerprint": self.fingerprint, "progress": progress}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        try:
+            what = f"{self.folder / str(step)} cannot be saved, --resume goes on later"
+            with _one_error(what), _no_late_complaints():
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                    ),
+                )
+        except UserError:
+            with contextlib.suppress(OSError):  # makes room on a disk that has none
+                remove_unfinished(self.folder)
+            raise
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint's state and progress, None where there is none.
@@ -82,41 +107,85 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        where = self.folder / str(step)
-        try:
-            with _no_late_complaints():
-                return self._read(step, where, state)
-        except UserError:
-            raise
-        except Exception as error:  # orbax and tensorstore raise many kinds on damaged files
-            raise UserError(
-                f"checkpoint {where} cannot be read; without that folder, --resume takes the one "
-                f"before ({type(error).__name__}: {error})"
-            ) from None
+        with self._reading(step), _no_late_complaints():
+            progress = self._progress(step)
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            return self._manager.restore(step, args=args).state, progress
 
-    def _read(self, step: int, where: Path, state: Any) -> tuple[Any, dict[str, Any]]:
+    def progress(self) -> dict[str, Any] | None:
+        """What the newest checkpoint says beside its state, None where there is none.
+
+        Raises:
+            UserError: as of `restore`.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        with self._reading(step):
+            return self._progress(step)
+
+    def _progress(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=args).meta
-        check_fingerprint(meta["fingerprint"], self.fingerprint, where)
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return self._manager.restore(step, args=args).state, meta["progress"]
+        check_fingerprint(meta["fingerprint"], self.fingerprint, self.folder / str(step))
+        progress: dict[str, Any] = meta["progress"]
+        if not isinstance(progress["epochs"], int) or not progress["seconds"] >= 0:
+            raise ValueError(f"progress {progress!r:.200}")
+        return progress
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        where = self.folder / str(step)
+        advice = "without that folder, --resume takes the one before"
+        with _one_error(f"checkpoint {where} cannot be read; {advice}", status=2):
+            _check_ordinary(where)
+            yield
+
+
+@contextlib.contextmanager
+def _one_error(what: str, status: int | None = None) -> Iterator[None]:
+    """Makes a UserError of whatever orbax and tensorstore raise, which is of many kinds.
+
+    Args:
+        what: could not be done.
+        status: that the script ends with; None is 1 where no command line would have mended it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = disk_is_full(error)
+        reason = "the disk is full" if full else f"{type(error).__name__}: {one_line(str(error))}"
+        raise UserError(f"{what} ({reason})", status=status or 1) from None
+
+
+def _check_ordinary(folder: Path) -> None:
+    """Raises ValueError where reading a checkpoint would wait for ever, or never end."""
+    for path in folder.rglob("*"):
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path.relative_to(folder)} is no ordinary file")
+    if (meta := folder / "meta" / "metadata").is_file() and meta.stat().st_size > LARGEST:
+        raise ValueError("its meta data is too large")
 
 
 @contextlib.contextmanager
 def _no_late_complaints() -> Iterator[None]:
-    """Keeps a failed restore to one exception.
+    """Keeps a save or restore that fails to one exception.
 
-    When one array cannot be read, orbax closes its event loop while tensorstore still reads the
-    others; each of those then prints that the loop is closed.
+    When one array cannot be read or written, orbax closes its event loop while tensorstore still
+    is at the others; each of those then prints that the loop is closed. Its threads log what they
+    raise, too.
     """
-    before = sys.unraisablehook
+    before, log = sys.unraisablehook, logging.getLogger("absl")
 
     def hook(unraisable: Any) -> None:
         if "Event loop is closed" not in str(unraisable.exc_value):
             before(unraisable)
 
-    sys.unraisablehook = hook
+    sys.unraisablehook, level = hook, log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception:
@@ -124,11 +193,25 @@ def _no_late_complaints() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = before
+        log.setLevel(level)
 
 
-def check_fingerprint(saved: Fingerprint, current: Fingerprint, where: Path) -> None:
-    """Raises UserError, naming the first difference, unless both are the same run's."""
-    saved, current = LATER | saved, LATER | current
+def check_fingerprint(saved: Any, current: Fingerprint, where: Path) -> None:
+    """Raises UserError, naming the first difference, unless both are the same run's.
+
+    Args:
+        saved: as JSON gave it, from the file or folder `where`.
+        current: of the run that is asked for.
+        where: see above.
+    """
+    if not isinstance(saved, dict):
+        raise UserError(f"{where} does not say of which run it is")
+    check_same_options(LATER | saved, LATER | current, where)
+
+
+def check_same_options(saved: dict[str, Any], current: dict[str, Any], where: Path) -> None:
+    """Raises UserError, naming the first difference; `saved` has been through JSON."""
+    current = json.loads(json.dumps(current))  # which has no tuples
     for key in {**current, **saved}:
         old, new = saved.get(key), current.get(key)
         if old != new:

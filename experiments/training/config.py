@@ -5,10 +5,12 @@ import ast
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
 
 from experiments.common.errors import UserError
+from experiments.common.files import entry
 
 FAMILIES = ("adder", "conv", "euclid")
 OPTIMIZERS = ("auto", "sgd", "adamw")
@@ -19,6 +21,11 @@ DTYPES = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("standard", "randaugment", "none")
 SCALINGS = ("auto", "on", "off")
 ANNEALINGS = ("none", "rule", "distance")
+
+LARGEST = 1e38
+"""Of options that float32 has to hold."""
+LONGEST = 200
+"""Characters of a value in --model-options: Python's parser can be sent through the stack."""
 
 # Options that say where a run lies, where it is computed and how it is watched. A run can be
 # resumed with other values of these, of no others.
@@ -244,9 +251,14 @@ class TrainConfig:
         value = getattr(self, field)
         if value is None:
             return
-        if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        finite = isinstance(value, int) or math.isfinite(value)
+        if not finite or value < 0 or (positive and value == 0):
             least = "positive" if positive else "zero or more"
             raise UserError(f"{flag(field)} must be {least}, got {value}")
+        if isinstance(value, int) and field != "seed" and value >= 2**31:
+            raise UserError(f"{flag(field)} must be below 2**31, got {value}")
+        if isinstance(value, float) and value > LARGEST:
+            raise UserError(f"{flag(field)} must be at most {LARGEST:g}, got {value}")
 
     @property
     def many_processes(self) -> bool:
@@ -290,11 +302,69 @@ class TrainConfig:
             name, equals, text = option.partition("=")
             if not (name.isidentifier() and equals) or name in arguments:
                 raise UserError(f"--model-options must be NAME=VALUE, each once, got {option!r}")
-            try:
-                arguments[name] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                arguments[name] = text
+            if len(text) > LONGEST:
+                raise UserError(
+                    f"--model-options {name} has {len(text)} characters, expected at most {LONGEST}"
+                )
+            arguments[name] = _literal(text)
+            if not _is_plain(arguments[name]):
+                raise UserError(
+                    f"--model-options {name} must be a name, a finite number that is not negative, "
+                    f"True, False, None, or a tuple or list of these, got {text}"
+                )
         return arguments
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold it, and a network may be made of it."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, int | float):
+        return 0 <= value < (2**31 if isinstance(value, int) else math.inf)
+    return value is None or isinstance(value, str)
+
+
+def from_record(saved: Mapping[str, Any], where: Path) -> TrainConfig:
+    """The configuration of a run whose fingerprint is `saved`, without its own teacher.
+
+    Args:
+        saved: from a JSON file.
+        where: that file.
+
+    Raises:
+        UserError: it lacks the family, or a value is not one that the option can take.
+    """
+    options: dict[str, Any] = {"family": (entry(saved, "family", str, where),)}
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in PLACES or field.name not in saved:
+            continue
+        options[field.name] = entry(saved, field.name, _kinds(field), where)
+    model_options = entry({"model_options": {}, **saved}, "model_options", dict, where)
+    options["model_options"] = tuple(f"{name}={value}" for name, value in model_options.items())
+    for field in dataclasses.fields(TrainConfig):
+        choices, given = field.metadata.get("choices"), options.get(field.name)
+        values = given if isinstance(given, tuple) else (given,)
+        if choices and given is not None and not set(values) <= set(choices):
+            raise UserError(f"{where} is damaged: its {field.name!r} is {values[0]!r}")
+    try:
+        return TrainConfig(**options)
+    except UserError as error:
+        raise UserError(f"{where} is damaged: {error}") from None
+
+
+def _kinds(field: dataclasses.Field[Any]) -> tuple[type, ...]:
+    """What JSON makes of a field's values."""
+    if field.name == "model_options":
+        return (dict,)
+    kind: Any = field.type
+    return get_args(kind) or (kind,)
 
 
 def flag(field: str) -> str:

@@ -41,7 +41,7 @@ def warmup_cosine(
     The rise takes `warmup_epochs`, at most a tenth of the run. Its first step has the rate
     peak / warmup, so that no step is lost.
     """
-    warmup = max(1, min(round(warmup_epochs * steps_per_epoch), total_steps // 10))
+    warmup = max(1, round(min(warmup_epochs * steps_per_epoch, total_steps // 10)))
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     fall = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup))
     return optax.join_schedules([rise, fall], [warmup])

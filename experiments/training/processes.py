@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.common.errors import UserError
+from experiments.common.interrupt import left_to_the_system
 from experiments.training.config import TrainConfig
 
 
@@ -28,9 +29,10 @@ def connect(config: TrainConfig) -> None:
     # JAX's handler of SIGTERM would take the place of Python's, and knows nothing of Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            config.coordinator_address, config.num_processes, config.process_id
-        )
+        with left_to_the_system():  # it waits for the others, for minutes
+            jax.distributed.initialize(
+                config.coordinator_address, config.num_processes, config.process_id
+            )
     except ValueError as error:
         raise UserError(
             f"--distributed: {error} Where JAX does not find it out by itself, every process needs "

@@ -1,8 +1,8 @@
 """One training run: from a configuration to a folder with its metrics, curves and result."""
 
 import itertools
-import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ import optax
 
 from experiments.common.environment import hardware, peak_memory, versions
 from experiments.common.errors import UserError
-from experiments.common.files import read_json, write_json
+from experiments.common.files import is_there, write_json
 from experiments.common.interrupt import Interrupted, StopRequest
 from experiments.images.dataset import Dataset, Images, Labels
 from experiments.images.streamed import StreamedImages
@@ -23,37 +23,15 @@ from experiments.training import annealing, build, devices, optimizer, steps
 from experiments.training.checkpoint import Checkpoints, check_fingerprint, checksum, describe
 from experiments.training.config import TrainConfig
 from experiments.training.curves import draw
-from experiments.training.metrics import MetricsFile, Row
+from experiments.training.folder import Result, read_fingerprint, read_result
+from experiments.training.metrics import MetricsFile, Row, are_complete, plain, read_rows
 from experiments.training.processes import Votes, is_first, make_shared
 from experiments.training.progress import Progress
 from experiments.training.teacher import load_teacher
 from jadder.nn import adder_mask
 
-Result = dict[str, Any]
 Wrap = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
 Order = np.ndarray[Any, np.dtype[np.int32]]
-
-
-def check_folders(config: TrainConfig) -> None:
-    """Refuses to write over earlier runs, or to resume where nothing is.
-
-    Raises:
-        UserError: see above; nothing has been written then.
-    """
-    folders = [Path(config.out_dir) / config.run_name(family) for family in config.family]
-    for folder in folders:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file, expected a folder for the run")
-        used = folder.is_dir() and any(folder.iterdir())
-        if used and not config.resume:
-            raise UserError(
-                f"{folder} holds a run already; --resume goes on with it, --name or --out-dir "
-                "makes a new one"
-            )
-        if used and not (folder / "config.json").is_file():
-            raise UserError(f"{folder} has files, but no run: it lacks config.json")
-    if config.resume and not any((folder / "config.json").is_file() for folder in folders):
-        raise UserError(f"nothing to resume: there is no run in {' or '.join(map(str, folders))}")
 
 
 class Diverged(UserError):
@@ -106,6 +84,10 @@ class Run:
         self.dtype = jnp.dtype("float64" if config.dtype == "float64" else "float32")
         self.steps_per_epoch = images // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
+        if self.total_steps >= 2**31:
+            raise UserError(
+                f"--epochs {config.epochs} are {self.total_steps} steps, expected below 2**31"
+            )
         self.recipe = optimizer.choose(config)
         self.schedule = optimizer.warmup_cosine(
             self.recipe.learning_rate,
@@ -133,6 +115,7 @@ class Run:
             for graphdef in graphdefs
         ]
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state["params"]))
+        self.rows: list[Row] = []
         self.fingerprint = {
             "family": family,
             **config.science(),
@@ -141,15 +124,72 @@ class Run:
             "data": dataset.fingerprint(),
             "parameters": describe(self.state["params"]),
         }
-        if (self.folder / "config.json").is_file():
-            saved = read_json(self.folder / "config.json")
-            saved = saved.get("run") if isinstance(saved, dict) else None
-            check_fingerprint(saved or {}, self.fingerprint, self.folder)
+        if is_there(self.folder / "config.json"):
+            check_fingerprint(read_fingerprint(self.folder), self.fingerprint, self.folder)
 
     def finished(self) -> Result | None:
-        """The result, if the run has come to its end."""
-        path = self.folder / "result.json"
-        return read_json(path) if path.is_file() else None
+        """The result, if the run has come to its end; mends metrics.jsonl beside it.
+
+        Raises:
+            UserError: the result, the rows or, of a run that has not, the newest checkpoint are
+                damaged or of another run.
+        """
+        result = read_result(self.folder)
+        if result is None:
+            self.rows = self.saved_rows()
+            return None
+        check_fingerprint(result["run"], self.fingerprint, self.folder / "result.json")
+        path = self.folder / "metrics.jsonl"
+        self.rows = read_rows(path)
+        if not self._are_all(self.rows, result):
+            rows = self.saved_rows()
+            if not self._are_all(rows, result):
+                raise UserError(
+                    f"{path} lacks rows that no checkpoint has, or has others: put the file back, "
+                    "or begin anew with --name or --out-dir"
+                )
+            self._metrics(rows)
+        return result
+
+    def _are_all(self, rows: Any, result: Result) -> bool:
+        """Whether these are the rows that a result comes from."""
+        return (
+            are_complete(rows, steps_per_epoch=self.steps_per_epoch)
+            and len(rows) == self.config.epochs
+            and rows[-1]["test_accuracy"] == result["test_accuracy"]
+        )
+
+    def saved_rows(self) -> list[Row]:
+        """The rows that the newest checkpoint knows of, [] where there is none.
+
+        Raises:
+            UserError: the checkpoint is damaged or of another run.
+        """
+        folder = self.folder / "checkpoints"
+        if not folder.is_dir():
+            return []
+        with Checkpoints(folder, self.fingerprint, read_only=True) as checkpoints:
+            progress = checkpoints.progress()
+        return [] if progress is None else self._rows(progress)
+
+    def _rows(self, progress: dict[str, Any]) -> list[Row]:
+        """The rows of a checkpoint; earlier versions kept them in metrics.jsonl alone."""
+        path, epochs = self.folder / "metrics.jsonl", progress["epochs"]
+        rows = progress.get("rows", read_rows(path)[:epochs])
+        if not are_complete(rows, steps_per_epoch=self.steps_per_epoch) or len(rows) != epochs:
+            raise UserError(
+                f"{path} does not hold the rows of the {epochs} epochs that the checkpoint has "
+                "done: put the file back, or begin anew with --name or --out-dir"
+            )
+        return rows
+
+    def _metrics(self, rows: list[Row]) -> MetricsFile:
+        """metrics.jsonl with these rows, and perhaps a word that it had others."""
+        path = self.folder / "metrics.jsonl"
+        if is_first() and rows and read_rows(path)[: len(rows)] != rows:
+            print(f"{path} is written anew, with the rows of the checkpoint", file=sys.stderr)
+        self.rows = rows
+        return MetricsFile(path, rows, write=is_first())
 
     def train(self, stop: StopRequest) -> Result:
         """Trains to the end, from the last checkpoint if there is one.
@@ -157,33 +197,49 @@ class Run:
         Raises:
             Interrupted: `stop` was requested; the state has been saved.
             Diverged: the loss of an epoch is not finite.
-            UserError: the checkpoint is not this run's.
+            UserError: the checkpoint is not this run's, or the disk is full.
         """
         make_shared(self.folder)
+        begun = is_there(self.folder / "config.json")
         with Checkpoints(self.folder / "checkpoints", self.fingerprint) as checkpoints:
             restored = checkpoints.restore(self.state)
-            progress: dict[str, Any] = {"epochs": 0, "seconds": 0.0}
+            rows: list[Row] = []
+            seconds = 0.0
             if restored is not None:
                 self.state, progress = restored
-            elif is_first() and not (self.folder / "config.json").is_file():
+                rows, seconds = self._rows(progress), progress["seconds"]
+                self._check_step(len(rows))
+            elif begun and is_first():
+                print(f"{self.folder} has no checkpoint yet: begins with step 0", file=sys.stderr)
+            if is_first() and not begun:
                 record = {"run": self.fingerprint, "command": self.command, "versions": versions()}
                 write_json(self.folder / "config.json", record)
-            path = self.folder / "metrics.jsonl"
-            metrics = MetricsFile(path, progress["epochs"], write=is_first())
-            self._loop(checkpoints, metrics, stop, progress["seconds"])
+            metrics = self._metrics(rows)
+            self._loop(checkpoints, metrics, stop, seconds)
+        self.rows = metrics.rows
         return self._finish(metrics.rows)
+
+    def _check_step(self, epochs: int) -> None:
+        """Raises UserError unless the restored step is one of the epoch after the rows'."""
+        step, first = int(self.state["step"]), epochs * self.steps_per_epoch
+        if not first <= step <= min(first + self.steps_per_epoch, self.total_steps):
+            raise UserError(
+                f"the checkpoint of {self.folder} is of step {step}, but has the rows of {epochs} "
+                f"epochs of {self.steps_per_epoch} steps"
+            )
 
     def _loop(
         self, checkpoints: Checkpoints, metrics: MetricsFile, stop: StopRequest, before: float
     ) -> None:
-        config, dataset = self.config, self.dataset
+        config, dataset, rows = self.config, self.dataset, list(metrics.rows)
         clock, votes = _Clock(before), Votes()
         step = int(self.state["step"])
         total, done = config.epochs * self.images_per_epoch, step * config.batch_size
 
         def save() -> None:
-            progress = {"epochs": len(metrics.rows), "seconds": clock.seconds()}
-            checkpoints.save(step, self.state, progress)
+            checkpoints.save(step, self.state, {
+                "epochs": len(rows), "seconds": clock.seconds(), "rows": rows
+            })  # fmt: skip
             clock.saved()
 
         def stop_if_asked(*, may_save: bool = False) -> None:
@@ -197,7 +253,7 @@ class Run:
                 )
 
         with Progress(self.name, total, done, silent=not is_first()) as bar:
-            for epoch in range(len(metrics.rows), config.epochs):
+            for epoch in range(len(rows), config.epochs):
                 order = epoch_order(config.seed, epoch, len(dataset.train_images))
                 clock.start_epoch()
                 first = step
@@ -210,7 +266,8 @@ class Run:
                         loss, accuracy = means(sums)
                         clock.fetched()
                         bar.show(step * config.batch_size, loss, accuracy)
-                    stop_if_asked(may_save=True)
+                    # After the last one comes a checkpoint with the epoch's row.
+                    stop_if_asked(may_save=step % self.steps_per_epoch != 0)
                 train = means(self.state["sums"])
                 rate = (step - first) * config.batch_size / clock.epoch_seconds()
                 bar.show(step * config.batch_size, *train)
@@ -219,12 +276,13 @@ class Run:
                     dataset.test_images, dataset.test_labels, after_batch=stop_if_asked
                 )
                 row = self._row(epoch + 1, step, train, tested, clock.seconds(), rate)
-                metrics.append(row)
+                rows.append(plain(row))
                 self.state["sums"] = self._zero_sums()
                 save()
+                metrics.append(plain(row))  # never without a checkpoint that has it
                 last = epoch + 1 == config.epochs  # drawn when the run is finished
                 if is_first() and not last and clock.draw_due():
-                    draw(self.folder / "curves.png", self.name, {self.family: metrics.rows})
+                    draw(self.folder / "curves.png", self.name, {self.family: rows})
                 bar.line(describe_row(self.name, config.epochs, row))
 
     @property
@@ -269,7 +327,10 @@ class Run:
         Raises:
             UserError: there is none, or it is not this run's.
         """
-        with Checkpoints(self.folder / "checkpoints", self.fingerprint) as checkpoints:
+        folder = self.folder / "checkpoints"
+        if not folder.is_dir():
+            raise UserError(f"{self.folder} has no checkpoint")
+        with Checkpoints(folder, self.fingerprint, read_only=True) as checkpoints:
             restored = checkpoints.restore(self.state)
         if restored is None:
             raise UserError(f"{self.folder} has no checkpoint")
@@ -388,8 +449,3 @@ class _Clock:
         took = (now - self._fetched) / self._since
         self._every = min(max(1, int(0.5 / max(took, 1e-6))), 2 * self._since)
         self._fetched, self._since = now, 0
-
-
-def exit_status(signum: int) -> int:
-    """The status with which shells report a process that a signal ended: 130 for SIGINT."""
-    return 128 + signal.Signals(signum).value

@@ -1,17 +1,19 @@
 """The network that another one learns from, out of the folder of its run."""
 
-import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
 from experiments.common.errors import UserError
-from experiments.common.files import read_json
+from experiments.common.files import entry
 from experiments.images.dataset import Dataset
-from experiments.training import build, optimizer, steps
+from experiments.training import optimizer, steps
+from experiments.training.build import build_model, choose_model
 from experiments.training.checkpoint import Checkpoints
-from experiments.training.config import TrainConfig
+from experiments.training.config import TrainConfig, from_record
 from experiments.training.distillation import Teacher
+from experiments.training.folder import read_fingerprint, read_result, saved_steps
 from jadder.nn import adder_mask
 
 
@@ -25,32 +27,33 @@ def load_teacher(config: TrainConfig, dataset: Dataset) -> Teacher | None:
     if config.teacher is None:
         return None
     folder = Path(config.teacher)
-    if not (folder / "result.json").is_file():
-        raise UserError(f"--teacher {folder}: expected the folder of a finished run")
-    saved = read_json(folder / "config.json")["run"]
-    if saved["data"] != dataset.fingerprint():
-        raise UserError(
-            f"--teacher {folder} was trained on {saved['data']}, not on {dataset.fingerprint()}"
-        )
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    options = {name: value for name, value in saved.items() if name in known}
-    options["family"] = (saved["family"],)
-    options["model_options"] = tuple(f"{k}={v}" for k, v in saved["model_options"].items())
-    # Its own teacher is of no use any more.
-    theirs = TrainConfig(**{**options, "teacher": None})
-    model = build.build_model(theirs, saved["family"], dataset)
+    try:
+        graphdef, state = _trained(folder, dataset)
+    except UserError as error:
+        raise UserError(f"--teacher {folder}: {error}", error.status) from None
+    return Teacher(graphdef, state, config.distill_weight, config.distill_temperature)
+
+
+def _trained(folder: Path, dataset: Dataset) -> tuple[Any, tuple[Any, Any]]:
+    """The structure and the state of the network of a finished run."""
+    if read_result(folder) is None:
+        raise UserError("expected the folder of a finished run")
+    saved, where = read_fingerprint(folder), folder / "config.json"
+    theirs = from_record(saved, where)
+    data = entry(saved, "data", str, where)
+    if data != dataset.fingerprint():
+        raise UserError(f"it was trained on {data}, not on {dataset.fingerprint()}")
+    if not saved_steps(folder):
+        raise UserError("it has no checkpoint")
+    choose_model(theirs.model, dataset)
+    model = build_model(theirs, theirs.family[0], dataset)
     recipe = optimizer.choose(theirs)
     tx = optimizer.make(theirs, recipe, lambda count: jnp.zeros(()), adder_mask(model))
     dtype = jnp.dtype("float64" if theirs.dtype == "float64" else "float32")
     graphdef, state = steps.initial_state(model, tx, dtype)
-    with Checkpoints(folder / "checkpoints", saved) as checkpoints:
+    with Checkpoints(folder / "checkpoints", saved, read_only=True) as checkpoints:
         restored = checkpoints.restore(state)
     if restored is None:
-        raise UserError(f"--teacher {folder} has no checkpoint")
+        raise UserError("it has no checkpoint")
     state, _ = restored
-    return Teacher(
-        graphdef,
-        (state["params"], state["model"]),
-        config.distill_weight,
-        config.distill_temperature,
-    )
+    return graphdef, (state["params"], state["model"])

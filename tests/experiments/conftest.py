@@ -88,13 +88,21 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Train = Callable[..., "subprocess.Popen[str]"]
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What child processes have compiled, for the next ones."""
+    return tmp_path_factory.mktemp("programs")
+
+
 @pytest.fixture
-def train(tmp_path: Path) -> Train:
+def train(tmp_path: Path, programs: Path) -> Train:
     """Starts `python -m experiments.train` in a folder of its own.
 
     XLA shares its threads among the devices that it makes of a processor and adds up in another
-    order where they are fewer, so the child has as many devices as this process.
+    order where they are fewer, so the child has as many devices as this process. It optimises as
+    much as this process does, too.
     """
+    quick = jax.config.read("jax_disable_most_optimizations")
 
     def start(*options: object) -> "subprocess.Popen[str]":
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -106,6 +114,9 @@ def train(tmp_path: Path) -> Train:
                 "PYTHONPATH": path,
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(len(jax.devices("cpu"))),
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
+                "JAX_COMPILATION_CACHE_DIR": str(programs),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

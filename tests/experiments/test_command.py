@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from experiments.train import main
+from experiments.training.run import Run
 
 OPTIONS = shlex.split(
     "--family adder --model lenet5 --image-size 8 --limit-train 320 --batch-size 32 "
@@ -21,6 +22,14 @@ OPTIONS = shlex.split(
 )
 TIMES = ("seconds", "images_per_second")
 Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiler() -> Iterator[None]:
+    """Compiling takes most of the time here, in this process and in its children."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +154,12 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
         ("--implementation abacus", "abacus"),
         ("--family conv --name kept-adder --resume", "is of another run"),
         ("--out-dir file", "file"),
+        ("--batch-size 1 --limit-train 4 --epochs 1", "needs at least two values per feature"),
+        ("--model-options width=8", "unexpected keyword argument 'width'"),
+        ("--model resnet20 --model-options width=0", "--model resnet20"),
+        ("--model resnet20 --model-options width=1000000", "its parameters would take"),
+        ("--image-size 1000000", "images of --image-size 1000000 would take"),
+        ("--epochs 1000000000", "steps, expected below 2**31"),
     ],
 )
 def test_errors(
@@ -164,6 +179,50 @@ def test_errors(
     assert err.count("\n") == 1
     assert text in err
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (f"--epochs {'9' * 320}", "--epochs must be below 2**31, got 999"),
+        (f"--epochs {'9' * 5000}", "invalid int value: '999"),
+        ("--learning-rate nan", "--learning-rate must be positive, got nan"),
+        ("--learning-rate inf", "--learning-rate must be positive, got inf"),
+        ("--learning-rate -0.1", "--learning-rate must be positive, got -0.1"),
+        ("--learning-rate 1e300", "--learning-rate must be at most 1e+38"),
+        ("--eta 0", "--eta must be positive, got 0"),
+        ("--momentum -1", "--momentum must be zero or more"),
+        ("--devices 99999999999999999999", "--devices must be below 2**31"),
+        ("--image-size 0", "--image-size must be positive"),
+        ("--model-options depth=-1", "depth must be a name, a finite number that is not negative"),
+        ("--model-options depth=1e999", "depth must be a name, a finite number"),
+        ("--model-options depth=1j", "depth must be a name, a finite number"),
+        (f"--model-options norm={'-' * 50000}", "norm has 50000 characters, expected at most 200"),
+        (f"--model-options norm={'-' * 190}1", "unexpected keyword argument 'norm'"),
+    ],
+)
+def test_numbers_that_cannot_be(
+    options: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert len(err) < 1100
+    assert text in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_before_training_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepare(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Run, "__init__", prepare)
+    assert main(["--family", "conv"]) == 130
+    assert capsys.readouterr().err == "interrupted before training began\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_extras_are_named(

@@ -4,6 +4,8 @@ import functools
 import gzip
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from experiments.common.errors import UserError
 from experiments.images.load import load, read_idx
 from experiments.images.streamed import StreamedImages
 from experiments.train import main
+from tests.experiments.conftest import idx_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,6 +200,67 @@ def test_truncated_cifar10(cifar_folder: Path) -> None:
     assert f"got {len(whole) - 100}" in text
 
 
+def test_cifar10_with_images_missing(cifar_folder: Path) -> None:
+    path = cifar_folder / "test_batch.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3073])
+    text = error_of("cifar10", cifar_folder)
+    assert "expected six files of as many images, 10000 as published" in text
+    assert "'test_batch.bin': 5" in text
+    # Of six equal files that are smaller than the published ones, the result says so.
+    path.write_bytes(whole)
+    assert load("cifar10", str(cifar_folder)).note == "6 images of the 10000 in each file"
+
+
+@pytest.mark.parametrize("other", ["data_batch_4.bin", "test_batch.bin"])
+def test_cifar10_with_a_file_twice(other: str, cifar_folder: Path) -> None:
+    (cifar_folder / other).write_bytes((cifar_folder / "data_batch_2.bin").read_bytes())
+    assert f"data_batch_2.bin and {other} hold the same images" in error_of("cifar10", cifar_folder)
+
+
+def test_mnist_with_the_training_images_twice(mnist_folder: Path) -> None:
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte.gz"):
+        (mnist_folder / f"t10k-{kind}").write_bytes((mnist_folder / f"train-{kind}").read_bytes())
+    assert "mnist has the same images for training and for the test" in error_of(
+        "mnist", mnist_folder
+    )
+
+
+def test_test_images_of_another_shape(
+    mnist_folder: Path, mnist_arrays: dict[str, np.ndarray[Any, Any]]
+) -> None:
+    wide = np.pad(mnist_arrays["t10k-images-idx3-ubyte"], ((0, 0), (2, 2), (2, 2)))
+    (mnist_folder / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(wide))
+    text = error_of("mnist", mnist_folder)
+    assert "training images of (28, 28, 1), but test images of (32, 32, 1)" in text
+    assert load("mnist", str(mnist_folder), image_size=28).test_images.shape == (7, 28, 28, 1)
+
+
+def test_idx_that_says_more_than_there_is(mnist_folder: Path) -> None:
+    path = mnist_folder / "train-images-idx3-ubyte"
+    header = bytes((0, 0, 8, 3)) + np.asarray([2**32 - 1] * 3, ">u4").tobytes()
+    path.write_bytes(header)
+    assert "GiB" in error_of("mnist", mnist_folder)
+    # What never ends, once it is unpacked, is not unpacked to its end.
+    labels = bytes((0, 0, 8, 1)) + np.asarray([20], ">u4").tobytes() + bytes(2**24)
+    (mnist_folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels, 1))
+    with pytest.raises(UserError, match="too long: expected 28 bytes, got 29"):
+        read_idx(mnist_folder / "train-labels-idx1-ubyte.gz", dims=1)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_what_is_no_file_is_missing(make: Any, mnist_folder: Path) -> None:
+    path = mnist_folder / "train-images-idx3-ubyte"
+    path.unlink()
+    make(path)
+    assert "lacks 1 of 4 files" in error_of("mnist", mnist_folder)
+
+
+def test_images_larger_than_the_memory() -> None:
+    with pytest.raises(UserError, match=r"1797 images of --image-size 1000000 would take .* GiB"):
+        load("digits", image_size=1_000_000)
+
+
 def test_unknown_name_and_too_large_limit(mnist_folder: Path) -> None:
     assert "'svhn' is not one of digits, mnist" in error_of("svhn", mnist_folder)
     assert "mnist has 20 training images" in error_of("mnist", mnist_folder, limit_train=21)
@@ -342,6 +406,62 @@ def test_training_on_streamed_images_is_training_on_images_in_memory(
         assert main([*options, "--name", name, "--image-memory", memory]) == 0
     results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("kept", "read")]
     assert results[0]["parameters_sha256"] == results[1]["parameters_sha256"]
+
+
+EVIL = "data.tiny.code.Feature"
+
+
+@pytest.mark.parametrize("form", ["proto", "nested", "legacy"])
+def test_tfds_imports_nothing_from_the_data(
+    form: str, tfds_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """features.json names modules; Python would find one below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
+    target = tmp_path / "data" / "tiny" / "1.0.0"
+    shutil.copytree(tfds_folder / "tiny" / "1.0.0", target)
+    (target.parent / "code.py").write_text("from pathlib import Path; Path('ran').touch()")
+    features = json.loads((target / "features.json").read_text())
+    image = features["featuresDict"]["features"]["image"]
+    if form == "proto":
+        image["pythonClassName"] = EVIL
+    elif form == "nested":
+        features["featuresDict"]["features"]["more"] = {
+            "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+            "sequence": {"feature": {**image, "python_class_name": EVIL}},
+        }
+        features["featuresDict"]["features"]["more"]["sequence"]["feature"].pop("pythonClassName")
+    else:
+        features = {
+            "type": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+            "content": {"image": {"type": EVIL, "content": {}}},
+        }
+    (target / "features.json").write_text(json.dumps(features))
+    text = error_of("tfds:tiny", tmp_path / "data")
+    assert f"has a feature of the type '{EVIL}', which is none of tensorflow-datasets' own" in text
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff", b"{}"])
+def test_tfds_with_damaged_features(content: bytes, tfds_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "tiny" / "1.0.0"
+    shutil.copytree(tfds_folder / "tiny" / "1.0.0", target)
+    (target / "features.json").write_bytes(content)
+    assert str(target) in error_of("tfds:tiny", tmp_path)
+
+
+def test_tfds_is_not_what_lies_in_the_working_directory(tmp_path: Path, tfds_folder: Path) -> None:
+    fake = tmp_path / "tensorflow_datasets"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    code = (
+        f"import sys; sys.path.insert(1, {str(ROOT)!r}); from experiments.images.load import load; "
+        f"print(len(load('tfds:tiny', {str(tfds_folder)!r}).test_images))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")
 
 
 def test_tfds_that_is_not_there(tfds_folder: Path) -> None:

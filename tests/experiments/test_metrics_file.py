@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.training.curves import draw
-from experiments.training.metrics import MetricsFile, read_rows
+from experiments.training.metrics import NUMBERS, MetricsFile, are_complete, read_rows
 
 
 def row(epoch: int, value: float = 0.5) -> dict[str, float]:
@@ -26,12 +27,34 @@ def test_goes_on_from_a_checkpoint(
     if torn:
         with path.open("ab") as file:
             file.write(b'{"epoch": 7, "test_acc')
-    second = MetricsFile(path, kept)
-    kept = min(kept, written)
-    assert second.rows == [row(epoch) for epoch in range(1, kept + 1)]
+    known = [row(epoch) for epoch in range(1, kept + 1)]
+    second = MetricsFile(path, known)
+    assert second.rows == known
     second.append(row(kept + 1))
     lines = path.read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == list(range(1, kept + 2))
+
+
+def whole_row(epoch: int) -> dict[str, float]:
+    return {**dict.fromkeys(NUMBERS, 0.5), "epoch": epoch, "step": 7 * epoch}
+
+
+@given(st.integers(0, 4), st.data())
+def test_rows_are_complete_or_not(count: int, data: st.DataObject) -> None:
+    rows: list[Any] = [whole_row(epoch) for epoch in range(1, count + 1)]
+    assert are_complete(rows, steps_per_epoch=7)
+    if count:
+        i = data.draw(st.integers(0, count - 1))
+        key = data.draw(st.sampled_from(["epoch", "step", *NUMBERS]))
+        value = data.draw(st.sampled_from(["1", [], float("nan"), True, 10**400, {}]))
+        assert not are_complete([*rows[:i], {**rows[i], key: value}, *rows[i + 1 :]],
+                                steps_per_epoch=7)  # fmt: skip
+        assert not are_complete([*rows, rows[i]], steps_per_epoch=7)
+        assert not are_complete([*rows[:i], data.draw(st.sampled_from([None, 3, "x", []]))],
+                                steps_per_epoch=7)  # fmt: skip
+        assert not are_complete(rows, steps_per_epoch=8)
+        assert are_complete([{**rows[0], "test_loss": None}], steps_per_epoch=7)
+    assert not are_complete({"rows": rows}, steps_per_epoch=7)
 
 
 def test_nan_is_null(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,43 @@ def test_lost_pictures_are_named(tmp_path: Path) -> None:
     page = render(tmp_path / "runs")
     assert page.find("img") == []
     assert "a.png is not a PNG. a caption a title" in page.text
+
+
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path),
+     Path.mkdir, lambda path: (path.touch(), os.truncate(path, 2**40))],
+    ids=["FIFO", "endless", "loop", "folder", "huge"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["result.json", "a.png", "curves.png"])
+def test_what_never_ends_is_passed_over(make: Any, name: str, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    experiment(runs / "good")
+    if name == "curves.png":
+        training_run(runs / "odd")
+    else:
+        experiment(runs / "odd")
+    (runs / "odd" / name).unlink(missing_ok=True)
+    make(runs / "odd" / name)
+    page = render(runs)
+    assert "a title" in page.text
+    assert re.search(rf"odd/{name}:? ", page.text)
+    assert len(page.find("img")) == 1
+
+
+def test_long_names_cycles_and_closed_folders_are_passed_over(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    experiment(runs / "long")
+    path = runs / "long" / "result.json"
+    result = json.loads(path.read_text())
+    result["pictures"][0]["file"] = "x" * 300 + ".png"
+    path.write_text(json.dumps(result))
+    (runs / "long" / "again").symlink_to(runs)
+    training_run(runs / ("y" * 250))
+    page = render(runs)
+    assert "File name too long" in page.text
+    assert "Training run " + "y" * 250 in page.text
+    assert page.text.count("a note a title") == 1
 
 
 def test_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,12 @@
 """training.run in this process: exact resumption, determinism, what a run leaves behind."""
 
+import copy as shallow
 import dataclasses
 import json
 import shutil
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,14 @@ from experiments.images.dataset import Dataset
 from experiments.images.load import load
 from experiments.training.checkpoint import checksum
 from experiments.training.config import AUGMENTATIONS, TrainConfig
-from experiments.training.run import Run, check_folders, epoch_order
+from experiments.training.folder import (
+    check_folder,
+    check_folders,
+    is_used,
+    owned,
+    saved_steps,
+)
+from experiments.training.run import Run, epoch_order
 from tests.experiments.stop import StopAfter
 
 # 7 steps an epoch; the last 4 images of an epoch are left out, and the last test batch is short.
@@ -77,6 +87,144 @@ def test_interrupted_run_ends_with_the_same_bits(
         is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
         a, b = (jax.random.key_data(x) if is_key else x for x in (a, b))
         np.testing.assert_array_equal(a, b)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "gone": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "doubled": lambda path: path.write_bytes(path.read_bytes() * 2),
+    "nonsense": lambda path: path.write_bytes(b"[" * 100_000),
+}
+
+
+@pytest.fixture(scope="module")
+def copied(whole: Run) -> Callable[[Path], Run]:
+    """The finished run, in a copy of its folder."""
+
+    def copy(place: Path) -> Run:
+        shutil.copytree(whole.folder, place)
+        run = shallow.copy(whole)
+        run.folder = place
+        return run
+
+    return copy
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_rows_come_from_the_checkpoint(
+    how: str, whole: Run, copied: Callable[[Path], Run], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = copied(tmp_path / "run")
+    DAMAGE[how](run.folder / "metrics.jsonl")
+    assert run.finished() == whole.finished()
+    assert rows_of(run) == rows_of(whole)
+    assert "metrics.jsonl is written anew, with the rows of the checkpoint" in (
+        capsys.readouterr().err
+    )
+    # A run that has not ended keeps the rows of its last checkpoint.
+    (run.folder / "result.json").unlink()
+    shutil.rmtree(run.folder / "checkpoints" / "21")
+    DAMAGE[how](run.folder / "metrics.jsonl")
+    assert run.finished() is None
+    assert [row["epoch"] for row in run.rows] == [1, 2]
+    # Without checkpoints there is nothing to compare with.
+    shutil.rmtree(run.folder / "checkpoints")
+    (run.folder / "metrics.jsonl").write_text("x")
+    with pytest.raises(UserError, match=r"has rows of finished epochs .*, but no checkpoint"):
+        check_folder(run.folder)
+
+
+def test_rows_of_a_finished_run_without_checkpoints(
+    copied: Callable[[Path], Run], tmp_path: Path
+) -> None:
+    run = copied(tmp_path / "run")
+    shutil.rmtree(run.folder / "checkpoints")
+    assert run.finished() is not None
+    DAMAGE["doubled"](run.folder / "metrics.jsonl")
+    with pytest.raises(UserError, match="lacks rows that no checkpoint has, or has others"):
+        run.finished()
+
+
+def test_earlier_checkpoints_have_no_rows(copied: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = copied(tmp_path / "run")
+    (run.folder / "result.json").unlink()
+    path = run.folder / "checkpoints/21/meta/metadata"
+    meta = json.loads(path.read_text())
+    del meta["progress"]["rows"]
+    path.write_text(json.dumps(meta))
+    assert [row["epoch"] for row in run.saved_rows()] == [1, 2, 3]
+    DAMAGE["cut"](run.folder / "metrics.jsonl")
+    with pytest.raises(UserError, match="does not hold the rows of the 3 epochs"):
+        run.saved_rows()
+
+
+def test_a_result_names_its_run(copied: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = copied(tmp_path / "run")
+    path = run.folder / "result.json"
+    result = json.loads(path.read_text())
+    for change, text in (
+        ({"run": {**result["run"], "learning_rate": 0.2}}, "its learning_rate is 0.2, not 0.1"),
+        ({"run": None}, "its 'run' is None, expected dict"),
+        ({"test_accuracy": "high"}, "its 'test_accuracy' is 'high', expected float"),
+    ):
+        path.write_text(json.dumps({**result, **change}))
+        with pytest.raises(UserError, match=r"result\.json is (of another run|damaged)") as caught:
+            run.finished()
+        assert text in str(caught.value)
+
+
+def test_remains_of_killed_runs_are_removed(whole: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for path in ("checkpoints/7.orbax-checkpoint-tmp/state", "checkpoints/14.orbax-checkpoint-tmp"):
+        (folder / path).mkdir(parents=True)
+    for name in (".lock", ".config.json.77.tmp"):
+        (folder / name).touch()
+    assert not is_used(folder)
+    with owned(folder):
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == []
+        assert {path.name for path in folder.iterdir()} == {".lock", "checkpoints"}
+    shutil.copytree(whole.folder, folder, dirs_exist_ok=True)
+    (folder / "checkpoints/22.orbax-checkpoint-tmp").mkdir()
+    with owned(folder):
+        pass
+    assert contents(folder) == {
+        name.replace(str(whole.folder), str(folder)): content
+        for name, content in contents(whole.folder).items()
+    }
+    assert saved_steps(folder) == [14, 21]
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_full_disk(dataset: Dataset, tmp_path: Path) -> None:
+    """One line, nothing lost, and the run goes on where it was."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, "size=350k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a small disk")
+    try:
+        run = start(disk, dataset, name="run")
+        with pytest.raises(
+            UserError, match=r"checkpoints/\d+ cannot be saved.*disk is full"
+        ) as end:
+            run.train(StopAfter())
+        assert end.value.status == 1
+        assert "\n" not in str(end.value)
+        assert not list(disk.rglob("*.orbax-checkpoint-tmp*"))
+        steps = saved_steps(run.folder)
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        again = start(disk, dataset, name="run", resume=True)
+        assert len(again.saved_rows()) == (steps[-1] // 7 if steps else 0)
+        again.train(StopAfter())
+        assert [row["epoch"] for row in rows_of(again)] == [1, 2, 3]
+        expected = start(tmp_path, dataset, name="expected")
+        expected.train(StopAfter())
+        assert rows_of(again) == rows_of(expected)
+        assert checksum(again.state["params"]) == checksum(expected.state["params"])
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_result_and_files(whole: Run) -> None:

@@ -1,6 +1,8 @@
 """training.teacher and training.distillation: learning from the logits of a finished run."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,51 @@ def test_what_is_no_teacher(taught: Run, dataset: Dataset, tmp_path: Path) -> No
     other = dataclasses.replace(dataset, train_images=dataset.train_images[::-1])
     with pytest.raises(UserError, match=r"was trained on digits-64x8x8x1-\w+, not on digits-64"):
         start(tmp_path, other, teacher=str(taught.folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (None, "holds a list, expected an object"),
+        ({"run": [1]}, "its 'run' is [1], expected dict"),
+        ({"family": None}, "lacks 'family'"),
+        ({"family": "cnov"}, "its 'family' is 'cnov'"),
+        ({"rule": "cubic"}, "its 'rule' is 'cubic'"),
+        ({"epochs": "1"}, "its 'epochs' is '1', expected int"),
+        ({"epochs": -1}, "--epochs must be positive, got -1"),
+        ({"model": "alexnet"}, "--model: 'alexnet' is not one of auto"),
+        ({"model_options": ["features=8"]}, "expected dict"),
+        ({"model_options": {"features": [[]], "depth": 1}}, "--teacher"),
+        ({"data": 7}, "its 'data' is 7, expected str"),
+    ],
+)
+def test_damaged_teachers(
+    changes: dict[str, Any] | None, text: str, taught: Run, dataset: Dataset, tmp_path: Path
+) -> None:
+    shutil.copytree(taught.folder, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    if changes is None:
+        record = []
+    elif "run" in changes:
+        record = changes
+    else:
+        record["run"] = {**record["run"], **changes}
+        record["run"] = {key: value for key, value in record["run"].items() if value is not None}
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError) as caught:
+        load_teacher(dataclasses.replace(CONFIG, teacher=str(tmp_path / "run")), dataset)
+    assert f"--teacher {tmp_path / 'run'}" in str(caught.value)
+    assert text in str(caught.value)
+
+
+def test_a_teacher_without_checkpoints(taught: Run, dataset: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(taught.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="has no checkpoint"):
+        load_teacher(dataclasses.replace(CONFIG, teacher=str(tmp_path / "run")), dataset)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_vit_recipe_teaches_with_a_run_beside(
