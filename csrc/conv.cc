@@ -33,12 +33,12 @@ struct Filters {
 // One combination of phases: its operand and how it is cut into tasks.
 struct Part {
   Window window;
-  std::vector<Run> segments;  // of w
+  std::vector<int64_t> segments;  // where taps begin in w
   PanelShape shape;
   PassRuns runs;
   PackedPanels packed;
   bool lazy = true;
-  std::vector<float> absent;  // forward: Σ |w| of the taps that meet inserted zeros, if any
+  std::vector<float> absent;  // forward: Σ |w| of the taps that meet none but zeros, if any
   bool covered = true;        // gradient: whether each target meets a source
   Cut cut;
 };
@@ -60,7 +60,7 @@ void CutUp(const Kernels& kernels, const Form& form, const Gather& gather, int64
   const bool whole = !form.is_gradient() && pixels <= kFewPixels && panels > 1;
   if (whole) most = pixels;
 
-  part.cut = Cut(gather, window, panels, tile, wanted, most, kCopiedFloats);
+  part.cut = Cut(gather, panels, tile, wanted, most, kCopiedFloats, part.window);
   part.lazy = !form.is_gradient() && part.cut.blocks() <= 2;
 }
 
@@ -123,10 +123,10 @@ void MultiplyEachPixel(const Kernels& kernels, const Form& form, const Gather& g
     tile.target_offsets = block.target_offset + i;
     tile.bound = form.limit;
     int64_t term = 0;
-    for (const Tap& r : down.taps) {
-      for (const Tap& c : across.taps) {
-        const int64_t row = r.start + y / down.period * down.step;
-        const int64_t column = c.start + x / across.period * across.step;
+    for (size_t r = 0; r < down.taps.size(); ++r) {
+      for (size_t c = 0; c < across.taps.size(); ++c) {
+        const int64_t row = down.taps[r].start + y / down.period * down.step;
+        const int64_t column = across.taps[c].start + x / across.period * across.step;
         const Run run = {part.window.Offset(r, c), gather.terms};
         if (row >= 0 && row < gather.source[0] && column >= 0 && column < gather.source[1]) {
           tile.runs = &run;
@@ -144,23 +144,18 @@ void MultiplyEachPixel(const Kernels& kernels, const Form& form, const Gather& g
   }
 }
 
-// Σ_c |w| over the taps that a part leaves out, for each lane of each group: what the zeros of
-// input dilation add to a forward product.
+// Σ_c |w| of each tap of a forward product, for each lane of each group.
 template <typename T>
-std::vector<float> AbsentTaps(const Gather& gather, const Filters& filters, const Window& window,
-                              const T* w) {
-  std::vector<char> present(filters.window[0] * filters.window[1], 0);
-  for (const Tap& r : window.rows->taps) {
-    for (const Tap& c : window.columns->taps) present[r.tap * filters.window[1] + c.tap] = 1;
-  }
-  std::vector<float> sums(gather.target_channels, 0.0f);
-  for (size_t tap = 0; tap < present.size(); ++tap) {
-    if (present[tap]) continue;
+TapSums<float> Magnitudes(const Gather& gather, const Filters& filters, const T* w) {
+  TapSums<float> sums(filters.window[0], filters.window[1], gather.target_channels);
+  for (int64_t tap = 0; tap < filters.window[0] * filters.window[1]; ++tap) {
+    float* to = sums.At(tap);
     for (int64_t c = 0; c < gather.terms; ++c) {
       const T* row = w + tap * filters.tap_stride + c * filters.term_stride;
-      for (int64_t f = 0; f < gather.target_channels; ++f) sums[f] += std::fabs(ToFloat(row[f]));
+      for (int64_t f = 0; f < gather.target_channels; ++f) to[f] += std::fabs(ToFloat(row[f]));
     }
   }
+  sums.AddUp();
   return sums;
 }
 
@@ -200,18 +195,18 @@ class Convolution {
     for (const Tap& r : down.taps) {
       for (const Tap& c : across.taps) {
         const int64_t tap = r.tap * filters_.window[1] + c.tap;
-        part.segments.push_back({tap * filters_.tap_stride, gather_.terms});
+        part.segments.push_back(tap * filters_.tap_stride);
       }
     }
     part.shape =
         PanelShape(kernels_, form_, CheckedProduct(taps, gather_.terms), gather_.lanes);
     CutUp(kernels_, form_, gather_, parts, pool_.threads(), part);
-    part.window.Layout(gather_, part.cut.columns);
     part.runs = PassRuns(part.shape, part.window.Runs(gather_), gather_.width);
     if (form_.is_gradient()) {
       part.covered = AllMeet(down, gather_.source[0]) && AllMeet(across, gather_.source[1]);
     } else if (taps != filters_.window[0] * filters_.window[1]) {
-      part.absent = AbsentTaps(gather_, filters_, part.window, w_);
+      if (magnitudes_.empty()) magnitudes_ = Magnitudes(gather_, filters_, w_);
+      part.absent = magnitudes_.Without(down, across);
     }
     if (!part.lazy) {
       part.packed = PackedPanels(pool_, form_, part.shape, gather_.groups,
@@ -220,8 +215,8 @@ class Convolution {
   }
 
   PanelSource Source(const Part& part, int64_t group) const {
-    PanelSource source = {w_, !std::is_same_v<T, float>, &part.segments, filters_.term_stride,
-                          filters_.lane_stride};
+    PanelSource source = {w_, !std::is_same_v<T, float>, &part.segments, gather_.terms,
+                          filters_.term_stride, filters_.lane_stride};
     if (form_.lanewise) {
       source.lane_offsets = filters_.lane_offsets.data() + group * gather_.lanes;
     } else {
@@ -299,6 +294,7 @@ class Convolution {
   const Gather& gather_;
   const Filters& filters_;
   const T* w_;
+  TapSums<float> magnitudes_;
 };
 
 // Runs group by group, or lane-wise where groups are narrower than a vector. `lane_offset` is where

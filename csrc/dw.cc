@@ -36,6 +36,10 @@ struct OuterSum {
   int64_t used_columns(int64_t m) const {
     return all_columns == 0 ? columns : std::min(columns, all_columns - m * columns);
   }
+  int64_t units_at_once() const { return UnitsAtOnce(unit_positions); }
+  static int64_t UnitsAtOnce(int64_t positions) {
+    return std::max<int64_t>(1, kBlockPositions / positions);
+  }
 };
 
 // g of some positions as floats in whole vectors.
@@ -153,7 +157,7 @@ void SumOuter(const Kernels& kernels, Pool& pool, const OuterSum& outer, double 
     float* g_sum = sum + depth * padded;
     std::fill(g_sum + first, g_sum + last, 0.0f);
     static thread_local Pixels pixels;
-    const int64_t step = std::max<int64_t>(1, kBlockPositions / outer.unit_positions);
+    const int64_t step = outer.units_at_once();
     for (int64_t unit = begin; unit < end; unit += step) {
       outer.locate(m, unit, std::min(end, unit + step), pixels);
       const float* g_rows = nullptr;
@@ -250,7 +254,7 @@ void ConvDw(const Kernels& kernels, Pool& pool, const ConvShape& s, double scale
     phases[d] = SplitPhases(s.out[d], s.stride[d], 1, offsets);
   }
   Window window(gather, phases[0][0], phases[1][0], std::is_same_v<T, float>);
-  window.Layout(gather, s.out[1]);
+  window.Layout(gather, std::min(s.out[0], OuterSum::UnitsAtOnce(s.out[1])), s.out[1]);
   OuterSum outer = {gather.groups,
                     s.window[0] * s.window[1] * gather.terms,
                     gather.lanes,

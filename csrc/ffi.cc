@@ -2,9 +2,19 @@
 //
 // Dimensions before those of the product itself come from vmap: each operand has them all, of the
 // mapped size or of size 1, and the result of the mapped size.
+//
+// A call comes from any program, not only from jadder's own: all that a product relies on is checked
+// here, in time that does not depend on the sizes, before memory is touched. What does not hold is
+// thrown as std::invalid_argument and returned to XLA as an error.
 
+#include <algorithm>
+#include <cmath>
+#include <exception>
 #include <functional>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -19,74 +29,97 @@ namespace {
 namespace ffi = xla::ffi;
 using Sizes = ffi::Span<const int64_t>;
 using FloatResult = ffi::Result<ffi::Buffer<ffi::F32>>;
-using AnyResult = ffi::Result<ffi::AnyBuffer>;
 using IntegerResult = ffi::Result<ffi::Buffer<ffi::S32>>;
+
+// So that no arithmetic on positions comes near 2^63. jadder.kernels.limits says the same.
+constexpr int64_t kMostFactor = (int64_t{1} << 31) - 1;   // of a stride, a dilation, a padding
+constexpr int64_t kMostPosition = int64_t{1} << 56;       // in an image with its zeros
+constexpr int64_t kMostByteTerms = kMostFactor / 255;     // whose sum an int32 holds
 
 class XlaPool final : public Pool {
  public:
   explicit XlaPool(ffi::ThreadPool pool) : pool_(pool) {}
-  int64_t threads() const override { return pool_.num_threads(); }
+  int64_t threads() const override { return std::max<int64_t>(1, pool_.num_threads()); }
   void Schedule(std::function<void()> work) override { pool_.Schedule(std::move(work)); }
 
  private:
   ffi::ThreadPool pool_;
 };
 
-ffi::Error Invalid(const char* text) { return ffi::Error::InvalidArgument(text); }
+[[noreturn]] void Refuse(const std::string& why) { throw std::invalid_argument("jadder: " + why); }
+
+using Shape = std::vector<int64_t>;
+
+std::string Text(const Shape& shape) {
+  std::string text;
+  for (const int64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
+  return "(" + text + ")";
+}
+
+void RequireShape(const char* name, const Shape& actual, const Shape& implied) {
+  if (actual != implied) {
+    Refuse(std::string(name) + " has shape " + Text(actual) + " where the operands imply " +
+           Text(implied));
+  }
+}
+
+int64_t Product(const Shape& shape) {
+  int64_t product = 1;
+  for (const int64_t n : shape) {
+    if (__builtin_mul_overflow(product, n, &product)) Refuse("too many elements: " + Text(shape));
+  }
+  return product;
+}
 
 // An operand or result of `rank` dimensions, and those that vmap put before them.
 struct Mapped {
-  std::vector<int64_t> outer, inner;
-  int64_t size = 1;  // of the inner dimensions
+  Shape outer, inner;
+  int64_t size;  // of the inner dimensions
 
-  Mapped(ffi::AnyBuffer::Dimensions dimensions, size_t rank) {
-    for (size_t d = 0; d < dimensions.size(); ++d) {
-      (d + rank < dimensions.size() ? outer : inner).push_back(dimensions[d]);
+  Mapped(const char* name, ffi::AnyBuffer::Dimensions dimensions, size_t rank) {
+    const Shape whole(dimensions.begin(), dimensions.end());
+    if (whole.size() < rank || std::any_of(whole.begin(), whole.end(), [](int64_t n) { return n < 0; })) {
+      Refuse(std::string(name) + " has shape " + Text(whole) + ", not one of " +
+             std::to_string(rank) + " dimensions or more");
     }
-    for (const int64_t n : inner) size = CheckedProduct(size, n);
-  }
-  bool Shared() const {  // by all that is mapped
-    for (const int64_t n : outer) {
-      if (n != 1) return false;
-    }
-    return true;
-  }
-  int64_t Count() const {
-    int64_t count = 1;
-    for (const int64_t n : outer) count = CheckedProduct(count, n);
-    return count;
+    outer.assign(whole.begin(), whole.end() - rank);
+    inner.assign(whole.end() - rank, whole.end());
+    size = Product(inner);
+    Product(whole);
   }
 };
 
 // The positions of the operands, in elements, for each result in turn.
 class Mapping {
  public:
-  // The largest of the operands' sizes is the result's.
-  static bool Make(std::vector<Mapped> operands, Mapping& mapping) {
-    mapping.operands_ = std::move(operands);
-    mapping.outer_ = mapping.operands_[0].outer;
-    for (const Mapped& operand : mapping.operands_) {
-      if (operand.outer.size() != mapping.outer_.size()) return false;
-      for (size_t d = 0; d < operand.outer.size(); ++d) {
-        if (mapping.outer_[d] == 1) mapping.outer_[d] = operand.outer[d];
+  Mapping(std::vector<Mapped> operands, const Mapped& result)
+      : operands_(std::move(operands)), outer_(operands_[0].outer) {
+    for (const Mapped& operand : operands_) {
+      if (operand.outer.size() != outer_.size()) RefuseOuter(operand);
+      for (size_t d = 0; d < outer_.size(); ++d) {
+        if (outer_[d] == 1) outer_[d] = operand.outer[d];
       }
     }
-    for (const Mapped& operand : mapping.operands_) {
-      for (size_t d = 0; d < operand.outer.size(); ++d) {
-        if (operand.outer[d] != 1 && operand.outer[d] != mapping.outer_[d]) return false;
+    for (const Mapped& operand : operands_) {
+      for (size_t d = 0; d < outer_.size(); ++d) {
+        if (operand.outer[d] != 1 && operand.outer[d] != outer_[d]) RefuseOuter(operand);
       }
+    }
+    if (result.outer != outer_) RefuseOuter(result);
+  }
+
+  int64_t Count() const { return Product(outer_); }
+
+  // Whether all results share the second operand, and none another.
+  bool OnlyKernelIsShared() const {
+    for (size_t i = 0; i < operands_.size(); ++i) {
+      if (i == 1 ? Product(operands_[i].outer) != 1 : operands_[i].outer != outer_) return false;
     }
     return true;
   }
 
-  int64_t Count() const {
-    int64_t count = 1;
-    for (const int64_t n : outer_) count = CheckedProduct(count, n);
-    return count;
-  }
-
   // Where operand `which` begins for result `index`.
-  int64_t Offset(int which, int64_t index) const {
+  int64_t Offset(size_t which, int64_t index) const {
     const Mapped& operand = operands_[which];
     int64_t offset = 0, stride = operand.size;
     for (size_t d = outer_.size(); d-- > 0;) {
@@ -98,8 +131,12 @@ class Mapping {
   }
 
  private:
+  [[noreturn]] void RefuseOuter(const Mapped& array) const {
+    Refuse("mapped dimensions " + Text(array.outer) + " do not go with " + Text(outer_));
+  }
+
   std::vector<Mapped> operands_;
-  std::vector<int64_t> outer_;
+  Shape outer_;
 };
 
 template <typename T>
@@ -111,6 +148,25 @@ inline constexpr ffi::DataType kDataType<uint8_t> = ffi::U8;
 template <>
 inline constexpr ffi::DataType kDataType<int8_t> = ffi::S8;
 
+// What a product takes: its gradients have g, the gradient of y, too.
+struct Operands {
+  const ffi::AnyBuffer& x;
+  const ffi::AnyBuffer& w;
+  const ffi::AnyBuffer* g = nullptr;
+
+  // The arrays of `rank` dimensions.
+  std::vector<Mapped> Arrays(size_t rank) const {
+    std::vector<Mapped> arrays = {{"x", x.dimensions(), rank}, {"w", w.dimensions(), rank}};
+    if (g != nullptr) arrays.push_back({"g", g->dimensions(), rank});
+    return arrays;
+  }
+};
+
+template <typename T>
+const T* Data(const ffi::AnyBuffer& buffer) {
+  return static_cast<const T*>(buffer.untyped_data());
+}
+
 template <typename T, typename F>
 bool CallIf(ffi::DataType dtype, F& f) {
   if (dtype != kDataType<T>) return false;
@@ -118,89 +174,100 @@ bool CallIf(ffi::DataType dtype, F& f) {
   return true;
 }
 
-// Calls f with a value of the element type, which is one of Ts.
+// Calls f with a value of the operands' element type, which is one of Ts.
 template <typename... Ts, typename F>
-ffi::Error ForType(ffi::DataType dtype, F f) {
+ffi::Error ForType(const Operands& operands, F f) {
+  const ffi::DataType dtype = operands.x.element_type();
   try {
-    if ((CallIf<Ts>(dtype, f) || ...)) return ffi::Error::Success();
+    if (operands.w.element_type() != dtype ||
+        (operands.g != nullptr && operands.g->element_type() != dtype)) {
+      Refuse("the operands have different types");
+    }
+    if (!(CallIf<Ts>(dtype, f) || ...)) Refuse("the product does not take operands of this type");
+  } catch (const std::invalid_argument& error) {
+    return ffi::Error::InvalidArgument(error.what());
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jadder: out of memory");
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(error.what());
   }
-  return Invalid("jadder: the product does not take operands of this type");
+  return ffi::Error::Success();
 }
 
-template <typename T>
-const T* Data(const ffi::AnyBuffer& buffer) {
-  return static_cast<const T*>(buffer.untyped_data());
-}
+// Of which array a product's result has the shape.
+enum class Like { kY, kX, kW };
 
-// Of a buffer that holds the same type as another pointer points to.
-template <typename T>
-const T* DataLike(const T*, const ffi::AnyBuffer& buffer) {
-  return Data<T>(buffer);
+void RequireFewTerms(int64_t terms) {
+  if (terms > kMostByteTerms) {
+    Refuse("an int32 holds the sum of " + std::to_string(kMostByteTerms) +
+           " differences of bytes, not of " + std::to_string(terms));
+  }
 }
 
 struct Matmuls {
   MatmulShape shape;
-  Mapping mapping;  // of x, w and, if there is one, g
-  bool shared_w;
+  Mapping mapping;
+  int64_t result_size;
 
-  bool Read(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer* g) {
-    std::vector<Mapped> operands = {Mapped(x.dimensions(), 3), Mapped(w.dimensions(), 3)};
-    if (g != nullptr) operands.push_back(Mapped(g->dimensions(), 3));
-    for (const Mapped& operand : operands) {
-      if (operand.inner.size() != 3) return false;
+  static Matmuls Read(const Operands& operands, const Mapped& result, Like like) {
+    std::vector<Mapped> arrays = operands.Arrays(3);
+    const Shape x = arrays[0].inner, w = arrays[1].inner, y = {x[0], x[1], w[2]};
+    if (x[2] != w[1] || (w[0] != x[0] && w[0] != 1)) {
+      Refuse("x " + Text(x) + " and w " + Text(w) + " are not (B, M, K) and (B, K, N)");
     }
-    const auto &a = operands[0].inner, &b = operands[1].inner;
-    shape = {a[0], a[1], a[2], b[2], b[0]};
-    shared_w = operands[1].Shared() && operands[0].Count() > 1 && b[0] == 1;
-    if (g != nullptr) {
-      shared_w = shared_w && operands[2].Count() == operands[0].Count();
-      const auto& c = operands[2].inner;
-      if (c[0] != a[0] || c[1] != a[1] || c[2] != b[2]) return false;
-      if (g->element_type() != x.element_type()) return false;
-    }
-    const int64_t count = operands[0].Count();
-    if (!Mapping::Make(std::move(operands), mapping)) return false;
-    shared_w = shared_w && mapping.Count() == count;
-    return a[2] == b[1] && (b[0] == a[0] || b[0] == 1) && x.element_type() == w.element_type();
+    if (operands.g != nullptr) RequireShape("g", arrays[2].inner, y);
+    const Shape each_w = {x[0], w[1], w[2]};
+    RequireShape("the result", result.inner, like == Like::kY ? y : like == Like::kX ? x : each_w);
+    return {{x[0], x[1], x[2], w[2], w[0]}, Mapping(std::move(arrays), result), result.size};
   }
 
-  // One matmul of more rows, where all share w.
+  // Makes one matmul of more rows, where all share w; returns how many there are.
   int64_t MergeRows() {
-    if (!shared_w) return mapping.Count();
-    shape.batch = CheckedProduct(shape.batch, mapping.Count());
+    const int64_t count = mapping.Count();
+    if (count == 0 || shape.w_batch != 1 || !mapping.OnlyKernelIsShared()) return count;
+    shape.batch *= count;
+    result_size *= count;
     return 1;
   }
 };
 
-// Calls product(shape, x, w, g, i) for each result i, whose operands have one of the types Ts. The
-// results of operands that share w are one, if `merge`.
-template <typename... Ts, typename F>
-ffi::Error ForMatmuls(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer* g,
-                      bool merge, F product) {
-  bool valid = true;
-  const ffi::Error error = ForType<Ts...>(x.element_type(), [&](auto zero) {
+// Calls product(shape, x, w, g, out) for each result, of operands that have one of the types Ts. The
+// results of operands that share w are one, unless they are like w.
+template <typename... Ts, typename Result, typename F>
+ffi::Error ForMatmuls(const Operands& operands, Result& result, Like like, F product) {
+  return ForType<Ts...>(operands, [&](auto zero) {
     using T = decltype(zero);
-    Matmuls all;
-    if (!(valid = all.Read(x, w, g))) return;
-    const int64_t count = merge ? all.MergeRows() : all.mapping.Count();
+    const Mapped whole("the result", result->dimensions(), 3);
+    Matmuls all = Matmuls::Read(operands, whole, like);
+    if constexpr (std::is_integral_v<T>) RequireFewTerms(all.shape.depth);
+    const int64_t count = like == Like::kW ? all.mapping.Count() : all.MergeRows();
     for (int64_t i = 0; i < count; ++i) {
-      product(all.shape, Data<T>(x) + all.mapping.Offset(0, i),
-              Data<T>(w) + all.mapping.Offset(1, i),
-              g == nullptr ? nullptr : Data<T>(*g) + all.mapping.Offset(2, i), i);
+      product(all.shape, Data<T>(operands.x) + all.mapping.Offset(0, i),
+              Data<T>(operands.w) + all.mapping.Offset(1, i),
+              operands.g == nullptr ? nullptr : Data<T>(*operands.g) + all.mapping.Offset(2, i),
+              result->typed_data() + i * all.result_size);
     }
   });
-  return valid ? error : Invalid("jadder: matmul operands do not match");
 }
+
+// ψ(d) = clip(scale · d, -bound, bound).
+struct Clip {
+  double scale, bound;
+
+  Clip(double scale, double bound) : scale(scale), bound(bound) {
+    const bool finite = std::isfinite(scale) || std::isfinite(bound);
+    if (!(scale > 0 && bound > 0 && finite)) {
+      Refuse("scale and bound must be positive, and one of them finite");
+    }
+  }
+};
 
 ffi::Error MatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, FloatResult y,
                       bool fast) {
   XlaPool pool(threads);
   return ForMatmuls<float, bfloat16>(
-      x, w, nullptr, true, [&](const MatmulShape& s, auto* x, auto* w, auto*, int64_t i) {
-        Matmul(SelectKernels(), pool, s, fast ? Product::kMax : Product::kAbs, x, w,
-               y->typed_data() + i * s.batch * s.rows * s.columns);
+      {x, w}, y, Like::kY, [&](const MatmulShape& s, auto* x, auto* w, auto*, float* y) {
+        Matmul(SelectKernels(), pool, s, fast ? Product::kMax : Product::kAbs, x, w, y);
       });
 }
 
@@ -208,9 +275,9 @@ ffi::Error MatmulDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffe
                         ffi::AnyBuffer g, FloatResult dx, double scale, double bound) {
   XlaPool pool(threads);
   return ForMatmuls<float, bfloat16>(
-      x, w, &g, true, [&](const MatmulShape& s, auto* x, auto* w, auto* g, int64_t i) {
-        MatmulDx(SelectKernels(), pool, s, Form::Gradient(scale, bound), x, w, g,
-                 dx->typed_data() + i * s.batch * s.rows * s.depth);
+      {x, w, &g}, dx, Like::kX, [&](const MatmulShape& s, auto* x, auto* w, auto* g, float* dx) {
+        const Clip clip(scale, bound);
+        MatmulDx(SelectKernels(), pool, s, Form::Gradient(clip.scale, clip.bound), x, w, g, dx);
       });
 }
 
@@ -218,9 +285,9 @@ ffi::Error MatmulDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffe
                         ffi::AnyBuffer g, FloatResult dw, double scale, double bound) {
   XlaPool pool(threads);
   return ForMatmuls<float, bfloat16>(
-      x, w, &g, false, [&](const MatmulShape& s, auto* x, auto* w, auto* g, int64_t i) {
-        MatmulDw(SelectKernels(), pool, s, scale, bound, x, w, g,
-                 dw->typed_data() + i * s.batch * s.depth * s.columns);
+      {x, w, &g}, dw, Like::kW, [&](const MatmulShape& s, auto* x, auto* w, auto* g, float* dw) {
+        const Clip clip(scale, bound);
+        MatmulDw(SelectKernels(), pool, s, clip.scale, clip.bound, x, w, g, dw);
       });
 }
 
@@ -228,9 +295,8 @@ ffi::Error IntegerMatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Any
                              IntegerResult y) {
   XlaPool pool(threads);
   return ForMatmuls<uint8_t, int8_t>(
-      x, w, nullptr, true, [&](const MatmulShape& s, auto* x, auto* w, auto*, int64_t i) {
-        IntegerMatmul(SelectIntegerKernels(), pool, s, x, w,
-                      y->typed_data() + i * s.batch * s.rows * s.columns);
+      {x, w}, y, Like::kY, [&](const MatmulShape& s, auto* x, auto* w, auto*, int32_t* y) {
+        IntegerMatmul(SelectIntegerKernels(), pool, s, x, w, y);
       });
 }
 
@@ -242,80 +308,119 @@ struct WindowAttributes {
 
 struct Convs {
   ConvShape shape;
-  Mapping mapping;  // of x, w and the output or its gradient
-  bool shared_w;
+  Mapping mapping;
+  int64_t result_size;
 
-  bool Read(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& y,
-            const WindowAttributes& given) {
-    std::vector<Mapped> operands = {Mapped(x.dimensions(), 4), Mapped(w.dimensions(), 4),
-                                    Mapped(y.dimensions(), 4)};
-    for (const Mapped& operand : operands) {
-      if (operand.inner.size() != 4) return false;
-    }
-    const auto &a = operands[0].inner, &b = operands[1].inner, &c = operands[2].inner;
+  static Convs Read(const Operands& operands, const Mapped& result, const WindowAttributes& given,
+                    Like like) {
+    std::vector<Mapped> arrays = operands.Arrays(4);
+    const Shape x = arrays[0].inner, w = arrays[1].inner;
     if (given.strides.size() != 2 || given.padding.size() != 4 || given.lhs_dilation.size() != 2 ||
-        given.rhs_dilation.size() != 2 || given.groups < 1 || a[3] % given.groups != 0 ||
-        a[3] / given.groups != b[2] || b[3] % given.groups != 0 || c[0] != a[0] || c[3] != b[3] ||
-        x.element_type() != w.element_type()) {
-      return false;
+        given.rhs_dilation.size() != 2) {
+      Refuse("a window has two strides, two pairs of paddings and two dilations of each kind");
     }
-    shape.batch = a[0];
-    shape.channels = a[3];
-    shape.filters = b[3];
-    shape.groups = given.groups;
+    if (given.groups < 1 || x[3] % given.groups != 0 || x[3] / given.groups != w[2] ||
+        w[3] % given.groups != 0) {
+      Refuse("x " + Text(x) + " and w " + Text(w) + " are not (B, H, W, C) and (P, Q, C / G, F) for " +
+             std::to_string(given.groups) + " groups G");
+    }
+    ConvShape s;
+    s.batch = x[0];
+    s.channels = x[3];
+    s.filters = w[3];
+    s.groups = given.groups;
     for (int d = 0; d < 2; ++d) {
-      shape.in[d] = a[1 + d];
-      shape.window[d] = b[d];
-      shape.out[d] = c[1 + d];
-      shape.stride[d] = given.strides[d];
-      shape.low_padding[d] = given.padding[2 * d];
-      shape.lhs_dilation[d] = given.lhs_dilation[d];
-      shape.rhs_dilation[d] = given.rhs_dilation[d];
-      if (shape.stride[d] < 1 || shape.lhs_dilation[d] < 1 || shape.rhs_dilation[d] < 1) {
-        return false;
-      }
+      s.in[d] = x[1 + d];
+      s.window[d] = w[d];
+      s.stride[d] = Factor("a stride", given.strides[d], 1);
+      s.lhs_dilation[d] = Factor("a dilation", given.lhs_dilation[d], 1);
+      s.rhs_dilation[d] = Factor("a dilation", given.rhs_dilation[d], 1);
+      s.low_padding[d] = Factor("a padding", given.padding[2 * d], -kMostFactor);
+      s.out[d] = OutSize(s, d, Factor("a padding", given.padding[2 * d + 1], -kMostFactor));
     }
-    shared_w = operands[1].Shared() && operands[0].outer == operands[2].outer;
-    return Mapping::Make(std::move(operands), mapping);
+    const Shape y = {x[0], s.out[0], s.out[1], w[3]};
+    if (operands.g != nullptr) RequireShape("g", arrays[2].inner, y);
+    RequireShape("the result", result.inner, like == Like::kY ? y : like == Like::kX ? x : w);
+    return {s, Mapping(std::move(arrays), result), result.size};
   }
 
-  // One convolution of more images, where all share w.
+  // Makes one convolution of more images, where all share w; returns how many there are.
   int64_t MergeImages() {
-    if (!shared_w) return mapping.Count();
-    shape.batch = CheckedProduct(shape.batch, mapping.Count());
+    const int64_t count = mapping.Count();
+    if (count == 0 || !mapping.OnlyKernelIsShared()) return count;
+    shape.batch *= count;
+    result_size *= count;
     return 1;
+  }
+
+  // Whether the result has values, and those are sums of more than nothing.
+  bool HasTerms(Like like) const {
+    if (result_size == 0) return false;
+    if (like == Like::kY) return shape.channels > 0;
+    const bool outputs = shape.out[0] > 0 && shape.out[1] > 0;
+    return outputs && (like == Like::kX ? shape.filters : shape.batch) > 0;
+  }
+
+ private:
+  static int64_t Factor(const char* name, int64_t value, int64_t least) {
+    if (value < least || value > kMostFactor) {
+      Refuse(std::string(name) + " of " + std::to_string(value) + " is not between " +
+             std::to_string(least) + " and " + std::to_string(kMostFactor));
+    }
+    return value;
+  }
+
+  // How long `size` values are with zeros between them.
+  static int64_t Span(int64_t size, int64_t dilation) {
+    if (size == 0) return 0;
+    if (size - 1 > kMostPosition / dilation) Refuse("an image or window with its dilation is too large");
+    return (size - 1) * dilation + 1;
+  }
+
+  static int64_t OutSize(const ConvShape& s, int d, int64_t high_padding) {
+    if (s.window[d] == 0) return 0;
+    const int64_t room = Span(s.in[d], s.lhs_dilation[d]) + s.low_padding[d] + high_padding -
+                         Span(s.window[d], s.rhs_dilation[d]);
+    return room < 0 ? 0 : room / s.stride[d] + 1;
   }
 };
 
-// Calls product(shape, x, w, y_offset, i) for each result i, whose operands have one of the types
-// Ts; y is the output or its gradient. The results of images that share w are one, if `merge`.
-template <typename... Ts, typename F>
-ffi::Error ForConvs(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& y,
-                    ffi::DataType y_type, const WindowAttributes& window, bool merge, F product) {
-  bool valid = y.element_type() == y_type;
-  const ffi::Error error = ForType<Ts...>(x.element_type(), [&](auto zero) {
+// Calls product(shape, x, w, g, out) for each result that is not all zeros, of operands that have one
+// of the types Ts. The results of images that share w are one, unless they are like w.
+template <typename... Ts, typename Result, typename F>
+ffi::Error ForConvs(const Operands& operands, Result& result, const WindowAttributes& window,
+                    Like like, F product) {
+  return ForType<Ts...>(operands, [&](auto zero) {
     using T = decltype(zero);
-    Convs all;
-    valid = valid && all.Read(x, w, y, window);
-    if (!valid) return;
-    const int64_t count = merge ? all.MergeImages() : all.mapping.Count();
+    const Mapped whole("the result", result->dimensions(), 4);
+    Convs all = Convs::Read(operands, whole, window, like);
+    const int64_t count = like == Like::kW ? all.mapping.Count() : all.MergeImages();
+    auto* out = result->typed_data();
+    if (!all.HasTerms(like)) {
+      std::fill_n(out, count * all.result_size, 0);
+      return;
+    }
+    if constexpr (std::is_integral_v<T>) {
+      const ConvShape& s = all.shape;
+      RequireFewTerms(s.window[0] * s.window[1] * (s.channels / s.groups));
+    }
     for (int64_t i = 0; i < count; ++i) {
-      product(all.shape, Data<T>(x) + all.mapping.Offset(0, i),
-              Data<T>(w) + all.mapping.Offset(1, i), all.mapping.Offset(2, i), i);
+      product(all.shape, Data<T>(operands.x) + all.mapping.Offset(0, i),
+              Data<T>(operands.w) + all.mapping.Offset(1, i),
+              operands.g == nullptr ? nullptr : Data<T>(*operands.g) + all.mapping.Offset(2, i),
+              out + i * all.result_size);
     }
   });
-  return valid ? error : Invalid("jadder: convolution operands do not match");
 }
 
-ffi::Error ConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, AnyResult y,
+ffi::Error ConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, FloatResult y,
                     Sizes strides, Sizes padding, Sizes lhs_dilation, Sizes rhs_dilation,
                     int64_t groups, bool fast) {
   XlaPool pool(threads);
   return ForConvs<float, bfloat16>(
-      x, w, *y, ffi::F32, {strides, padding, lhs_dilation, rhs_dilation, groups}, true,
-      [&](const ConvShape& s, auto* x, auto* w, int64_t offset, int64_t) {
-        Conv(SelectKernels(), pool, s, fast ? Product::kMax : Product::kAbs, x, w,
-             static_cast<float*>(y->untyped_data()) + offset);
+      {x, w}, y, {strides, padding, lhs_dilation, rhs_dilation, groups}, Like::kY,
+      [&](const ConvShape& s, auto* x, auto* w, auto*, float* y) {
+        Conv(SelectKernels(), pool, s, fast ? Product::kMax : Product::kAbs, x, w, y);
       });
 }
 
@@ -325,10 +430,10 @@ ffi::Error ConvDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
                       double bound) {
   XlaPool pool(threads);
   return ForConvs<float, bfloat16>(
-      x, w, g, x.element_type(), {strides, padding, lhs_dilation, rhs_dilation, groups}, true,
-      [&](const ConvShape& s, auto* x, auto* w, int64_t offset, int64_t i) {
-        ConvDx(SelectKernels(), pool, s, Form::Gradient(scale, bound), x, w,
-               DataLike(x, g) + offset, dx->typed_data() + i * s.batch * s.in[0] * s.in[1] * s.channels);
+      {x, w, &g}, dx, {strides, padding, lhs_dilation, rhs_dilation, groups}, Like::kX,
+      [&](const ConvShape& s, auto* x, auto* w, auto* g, float* dx) {
+        const Clip clip(scale, bound);
+        ConvDx(SelectKernels(), pool, s, Form::Gradient(clip.scale, clip.bound), x, w, g, dx);
       });
 }
 
@@ -338,23 +443,21 @@ ffi::Error ConvDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
                       double bound) {
   XlaPool pool(threads);
   return ForConvs<float, bfloat16>(
-      x, w, g, x.element_type(), {strides, padding, lhs_dilation, rhs_dilation, groups}, false,
-      [&](const ConvShape& s, auto* x, auto* w, int64_t offset, int64_t i) {
-        const int64_t size = s.window[0] * s.window[1] * (s.channels / s.groups) * s.filters;
-        ConvDw(SelectKernels(), pool, s, scale, bound, x, w, DataLike(x, g) + offset,
-               dw->typed_data() + i * size);
+      {x, w, &g}, dw, {strides, padding, lhs_dilation, rhs_dilation, groups}, Like::kW,
+      [&](const ConvShape& s, auto* x, auto* w, auto* g, float* dw) {
+        const Clip clip(scale, bound);
+        ConvDw(SelectKernels(), pool, s, clip.scale, clip.bound, x, w, g, dw);
       });
 }
 
 ffi::Error IntegerConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                           AnyResult y, Sizes strides, Sizes padding, Sizes lhs_dilation,
+                           IntegerResult y, Sizes strides, Sizes padding, Sizes lhs_dilation,
                            Sizes rhs_dilation, int64_t groups) {
   XlaPool pool(threads);
   return ForConvs<uint8_t, int8_t>(
-      x, w, *y, ffi::S32, {strides, padding, lhs_dilation, rhs_dilation, groups}, true,
-      [&](const ConvShape& s, auto* x, auto* w, int64_t offset, int64_t) {
-        IntegerConv(SelectIntegerKernels(), pool, s, x, w,
-                    static_cast<int32_t*>(y->untyped_data()) + offset);
+      {x, w}, y, {strides, padding, lhs_dilation, rhs_dilation, groups}, Like::kY,
+      [&](const ConvShape& s, auto* x, auto* w, auto*, int32_t* y) {
+        IntegerConv(SelectIntegerKernels(), pool, s, x, w, y);
       });
 }
 
@@ -362,6 +465,8 @@ auto Bind() {
   return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>();
 }
 
+auto BindY() { return Bind().Ret<ffi::Buffer<ffi::F32>>(); }
+auto BindIntegers() { return Bind().Ret<ffi::Buffer<ffi::S32>>(); }
 auto BindGradient() { return Bind().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>(); }
 
 template <typename Binding>
@@ -384,9 +489,8 @@ auto WithClip(Binding binding) {
 
 #pragma GCC visibility push(default)
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jadder_matmul, jadder::MatmulImpl,
-    jadder::Bind().Ret<xla::ffi::Buffer<xla::ffi::F32>>().Attr<bool>("fast"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul, jadder::MatmulImpl,
+                              jadder::BindY().Attr<bool>("fast"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dx, jadder::MatmulDxImpl,
                               jadder::WithClip(jadder::BindGradient()));
@@ -394,9 +498,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dx, jadder::MatmulDxImpl,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dw, jadder::MatmulDwImpl,
                               jadder::WithClip(jadder::BindGradient()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jadder_conv, jadder::ConvImpl,
-    jadder::WithWindow(jadder::Bind().Ret<xla::ffi::AnyBuffer>()).Attr<bool>("fast"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv, jadder::ConvImpl,
+                              jadder::WithWindow(jadder::BindY()).Attr<bool>("fast"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dx, jadder::ConvDxImpl,
                               jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
@@ -405,10 +508,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dw, jadder::ConvDwImpl,
                               jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_matmul, jadder::IntegerMatmulImpl,
-                              jadder::Bind().Ret<xla::ffi::Buffer<xla::ffi::S32>>());
+                              jadder::BindIntegers());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_conv, jadder::IntegerConvImpl,
-                              jadder::WithWindow(jadder::Bind().Ret<xla::ffi::AnyBuffer>()));
+                              jadder::WithWindow(jadder::BindIntegers()));
 
 // The instruction set in use.
 extern "C" const char* jadder_isa() { return jadder::SelectKernels().name; }

@@ -90,6 +90,24 @@ void CopyRow(const Gather& gather, const T* image, int64_t row, int64_t first, i
   FillZeros<T>(to + inside * size, (count - before - inside) * size);
 }
 
+// Copies what targets [column, column + columns) in rows [row, row + rows) of an image meet.
+template <typename T, typename E>
+void CopySources(const Gather& gather, const Window& window, int64_t group, const T* image,
+                 int64_t row, int64_t rows, int64_t column, int64_t columns, E* to) {
+  const Stretches &down = window.copied_rows, &across = window.copied_columns;
+  for (const Stretches::Stretch& lines : down.stretches) {
+    const int64_t count = down.Count(lines, rows), first = lines.first + row * down.step;
+    E* line = to + lines.place * window.row_stride;
+    for (int64_t r = 0; r < count; ++r, line += window.row_stride) {
+      for (const Stretches::Stretch& pixels : across.stretches) {
+        CopyRow(gather, image, first + r * down.grain, pixels.first + column * across.step,
+                across.grain, across.Count(pixels, columns), group,
+                line + pixels.place * window.pixel_stride);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 Gather::Gather(int64_t batch, int64_t groups, const int64_t (&source)[2],
@@ -115,21 +133,26 @@ Window::Window(const Gather& gather, const Phase& rows, const Phase& columns, bo
     : rows(&rows), columns(&columns) {
   direct = in_place && gather.width == 1 && gather.dilation[0] == 1 && gather.dilation[1] == 1 &&
            rows.Inside(gather.source[0]) && columns.Inside(gather.source[1]);
-  if (!direct) {
-    grain[0] = rows.grain();
-    grain[1] = columns.grain();
-  }
 }
 
-void Window::Layout(const Gather& gather, int64_t targets) {
-  pixel_stride = direct ? gather.source_channels : gather.terms * gather.width;
-  row_stride = pixel_stride * (direct ? gather.source[1] : CopiedColumns(targets));
+void Window::Layout(const Gather& gather, int64_t row_targets, int64_t column_targets) {
+  if (direct) {
+    copied_rows = Stretches::InPlace(*rows);
+    copied_columns = Stretches::InPlace(*columns);
+    pixel_stride = gather.source_channels;
+    row_stride = pixel_stride * gather.source[1];
+  } else {
+    copied_rows = Stretches(*rows, row_targets);
+    copied_columns = Stretches(*columns, column_targets);
+    pixel_stride = gather.terms * gather.width;
+    row_stride = CheckedProduct(pixel_stride, copied_columns.size);
+  }
 }
 
 std::vector<Run> Window::Runs(const Gather& gather) const {
   std::vector<Run> runs;
-  for (const Tap& row : rows->taps) {
-    for (const Tap& column : columns->taps) {
+  for (size_t row = 0; row < rows->taps.size(); ++row) {
+    for (size_t column = 0; column < columns->taps.size(); ++column) {
       const int64_t offset = Offset(row, column);
       if (!runs.empty() && runs.back().offset + runs.back().length * gather.width == offset) {
         runs.back().length += gather.terms;
@@ -141,22 +164,25 @@ std::vector<Run> Window::Runs(const Gather& gather) const {
   return runs;
 }
 
-Cut::Cut(const Gather& gather, const Window& window, int64_t panels, int64_t tile, int64_t wanted,
-         int64_t most, int64_t copied)
+Cut::Cut(const Gather& gather, int64_t panels, int64_t tile, int64_t wanted, int64_t most,
+         int64_t copied, Window& window)
     : panels(panels) {
   const int64_t down = window.rows->count, across = window.columns->count;
   const int64_t pixel = gather.terms * gather.width;
-  const int64_t row = CheckedProduct(pixel, window.CopiedRows(1));
+  const int64_t row = CheckedProduct(pixel, Stretches(*window.rows, 1).size);
   columns = std::min(across, most);
-  while (columns > tile && CheckedProduct(window.CopiedColumns(columns), row) > copied) {
+  while (columns > tile &&
+         CheckedProduct(Stretches(*window.columns, columns).size, row) > copied) {
     columns = CeilDiv(columns, 2);
   }
   rows = std::max<int64_t>(1, most / columns);
-  const int64_t column = window.CopiedColumns(columns) * pixel;
-  while (rows > 1 &&
-         window.CopiedRows(std::min(rows, down)) * CeilDiv(rows, down) * column > copied) {
-    rows = CeilDiv(rows, 2);
-  }
+  const int64_t column = CheckedProduct(Stretches(*window.columns, columns).size, pixel);
+  const auto size = [&] {
+    const int64_t of_image = Stretches(*window.rows, std::min(rows, down)).size;
+    return CheckedProduct(CheckedProduct(of_image, CeilDiv(rows, down)), column);
+  };
+  while (rows > 1 && size() > copied) rows = CeilDiv(rows, 2);
+  window.Layout(gather, std::min(rows, down), columns);
   row_tasks = CeilDiv(gather.batch * down, rows);
   column_tasks = CeilDiv(across, columns);
   this->panels = CeilDiv(panels, std::min(panels, CeilDiv(wanted, blocks())));
@@ -177,14 +203,14 @@ void GatherPixels(const Gather& gather, const Window& window, int64_t group, int
                   PixelsOf<E>& pixels) {
   const Phase &down = *window.rows, &across = *window.columns;
   const int64_t channels = gather.target_channels;
-  const int64_t copied_columns = window.CopiedColumns(columns);
-  const int64_t row_step = down.step / window.grain[0] * window.row_stride;
-  const int64_t column_step = across.step / window.grain[1] * window.pixel_stride;
+  const Stretches &copied_rows = window.copied_rows, &copied_columns = window.copied_columns;
+  const int64_t row_step = down.step / copied_rows.grain * window.row_stride;
+  const int64_t column_step = across.step / copied_columns.grain * window.pixel_stride;
+  const int64_t image_size = CheckedProduct(copied_rows.size, window.row_stride);
   E* copy = nullptr;
   if (!window.direct) {
     const int64_t images = (row + rows - 1) / down.count - row / down.count + 1;
-    const int64_t most = window.CopiedRows(std::min(rows, down.count));
-    copy = ThreadBuffer<Gather, E>(CheckedProduct(images * most, window.row_stride) + 7);
+    copy = ThreadBuffer<Gather, E>(CheckedProduct(images, image_size) + 7);
   }
   pixels.Reserve(rows * columns);
   pixels.count = 0;
@@ -192,16 +218,13 @@ void GatherPixels(const Gather& gather, const Window& window, int64_t group, int
     const int64_t image = row / down.count, j = row % down.count;
     const int64_t here = std::min(rows, down.count - j);
     const T* from = source + image * gather.source[0] * gather.source[1] * gather.source_channels;
-    const int64_t first_row = down.first_source() + j * down.step;
-    const int64_t first_column = across.first_source() + column * across.step;
     const E* base = copy;
     if (!window.direct) {
-      for (int64_t r = 0; r < window.CopiedRows(here); ++r, copy += window.row_stride) {
-        CopyRow(gather, from, first_row + r * window.grain[0], first_column, window.grain[1],
-                copied_columns, group, copy);
-      }
+      CopySources(gather, window, group, from, j, here, column, columns, copy);
+      copy += image_size;
     } else if constexpr (std::is_same_v<T, E>) {
-      base = from + first_row * window.row_stride + first_column * window.pixel_stride +
+      base = from + (down.first_source() + j * down.step) * window.row_stride +
+             (across.first_source() + column * across.step) * window.pixel_stride +
              group * gather.terms;
     }
     for (int64_t r = 0; r < here; ++r) {

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -38,33 +39,25 @@ struct Gather {
   }
 };
 
-// The sources of one combination of phases, and their layout in values: a copy of every
-// `grain`-th row and column, or the source itself.
+// The sources of one combination of phases, and their layout in values: a copy of some stretches of
+// rows and columns, or the source itself.
 struct Window {
   const Phase* rows = nullptr;
   const Phase* columns = nullptr;
   bool direct = false;
-  int64_t grain[2] = {1, 1};
+  Stretches copied_rows, copied_columns;
   int64_t row_stride = 0, pixel_stride = 0;
 
   Window() = default;
   // Reads sources in place where it can, if that is allowed. Layout() follows.
   Window(const Gather& gather, const Phase& rows, const Phase& columns, bool in_place);
 
-  // How many rows and columns are copied for so many targets.
-  int64_t CopiedRows(int64_t targets) const {
-    return ((targets - 1) * rows->step + rows->spread()) / grain[0] + 1;
-  }
-  int64_t CopiedColumns(int64_t targets) const {
-    return ((targets - 1) * columns->step + columns->spread()) / grain[1] + 1;
-  }
+  // Fixes the places of taps for copies that serve so many rows of an image, and columns.
+  void Layout(const Gather& gather, int64_t row_targets, int64_t column_targets);
 
-  // Fixes the strides for copies that serve `targets` columns.
-  void Layout(const Gather& gather, int64_t targets);
-
-  int64_t Offset(const Tap& row, const Tap& column) const {
-    return (row.start - rows->first_source()) / grain[0] * row_stride +
-           (column.start - columns->first_source()) / grain[1] * pixel_stride;
+  // Of tap number `row` of the rows' phase and `column` of the columns'.
+  int64_t Offset(size_t row, size_t column) const {
+    return copied_rows.places[row] * row_stride + copied_columns.places[column] * pixel_stride;
   }
   // The terms of all taps, as stretches from where a target's sources begin.
   std::vector<Run> Runs(const Gather& gather) const;
@@ -77,9 +70,9 @@ struct Cut {
 
   Cut() = default;
   // Wants so many tasks, of at most `most` targets, whose copies have at most `copied` values where
-  // a tile allows.
-  Cut(const Gather& gather, const Window& window, int64_t panels, int64_t tile, int64_t wanted,
-      int64_t most, int64_t copied);
+  // a tile allows. Lays the window out for them.
+  Cut(const Gather& gather, int64_t panels, int64_t tile, int64_t wanted, int64_t most,
+      int64_t copied, Window& window);
 
   int64_t blocks() const { return row_tasks * column_tasks; }
   int64_t tasks() const { return blocks() * panel_tasks; }

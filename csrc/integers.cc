@@ -328,7 +328,7 @@ class ByteConvolution {
     Passes passes;
     PackedColumns packed;
     Cut cut;
-    std::vector<int32_t> absent;  // -Σ |w| of the taps that meet inserted zeros, if any
+    std::vector<int32_t> absent;  // -Σ |w| of the taps that meet none but zeros, if any
   };
 
   int64_t groups() const { return columns_.lanewise ? gather_.groups : s_.groups; }
@@ -336,7 +336,7 @@ class ByteConvolution {
   // Groups that a task gathers together.
   int64_t gathered_groups() const { return groups() / gather_.groups; }
 
-  void Prepare(int64_t parts, Part& part) const {
+  void Prepare(int64_t parts, Part& part) {
     const Phase &down = *part.window.rows, &across = *part.window.columns;
     const int64_t tap_size = CheckedProduct(terms_, s_.filters);
     for (const Tap& r : down.taps) {
@@ -351,10 +351,13 @@ class ByteConvolution {
     const int64_t tile = columns_.lanewise ? kernels_.lanewise_rows : kernels_.rows;
     const int64_t most = std::min(kBlockRows, std::max(tile, CeilDiv(pixels, wanted)));
     const int64_t panels = columns_.count * gathered_groups();
-    part.cut = Cut(gather_, part.window, panels, tile, wanted, most, kCopied);
-    part.window.Layout(gather_, part.cut.columns);
+    part.cut = Cut(gather_, panels, tile, wanted, most, kCopied, part.window);
     part.passes = Passes(Runs(part.window), columns_.lanewise, gather_.width);
-    if (taps != s_.window[0] * s_.window[1]) part.absent = AbsentTaps(part);
+    if (taps != s_.window[0] * s_.window[1]) {
+      if (magnitudes_.empty()) magnitudes_ = Magnitudes();
+      const std::vector<uint32_t> absent = magnitudes_.Without(down, across);
+      for (const uint32_t sum : absent) part.absent.push_back(static_cast<int32_t>(-sum));
+    }
     part.packed = PackedColumns(pool_, columns_, part.passes, groups(), [&](int64_t group) {
       const int64_t first = group * columns_.columns;
       return Terms<T>{w_ + first, &part.taps, terms_, s_.filters, s_.filters - first};
@@ -364,25 +367,26 @@ class ByteConvolution {
   std::vector<Run> Runs(const Window& window) const {
     if (gathered_groups() == 1) return window.Runs(gather_);
     std::vector<Run> runs;
-    for (const Tap& row : window.rows->taps) {
-      for (const Tap& column : window.columns->taps) {
+    for (size_t row = 0; row < window.rows->taps.size(); ++row) {
+      for (size_t column = 0; column < window.columns->taps.size(); ++column) {
         runs.push_back({window.Offset(row, column), terms_});
       }
     }
     return runs;
   }
 
-  std::vector<int32_t> AbsentTaps(const Part& part) const {
-    const int64_t tap_size = terms_ * s_.filters;
-    std::vector<uint32_t> sums(s_.filters, 0);
+  // Σ_c |w| of each tap, for each filter.
+  TapSums<uint32_t> Magnitudes() const {
+    TapSums<uint32_t> sums(s_.window[0], s_.window[1], s_.filters);
     for (int64_t tap = 0; tap < s_.window[0] * s_.window[1]; ++tap) {
-      if (std::count(part.taps.begin(), part.taps.end(), tap * tap_size) > 0) continue;
+      uint32_t* to = sums.At(tap);
       for (int64_t c = 0; c < terms_; ++c) {
-        const T* row = w_ + tap * tap_size + c * s_.filters;
-        for (int64_t f = 0; f < s_.filters; ++f) sums[f] -= std::abs(int{row[f]});
+        const T* row = w_ + (tap * terms_ + c) * s_.filters;
+        for (int64_t f = 0; f < s_.filters; ++f) to[f] += std::abs(int{row[f]});
       }
     }
-    return std::vector<int32_t>(sums.begin(), sums.end());
+    sums.AddUp();
+    return sums;
   }
 
   void RunTask(const Part& part, int64_t task, const T* x, int32_t* y) const {
@@ -442,6 +446,7 @@ class ByteConvolution {
   Gather gather_;
   Columns columns_;
   const T* w_;
+  TapSums<uint32_t> magnitudes_;
 };
 
 // How the result of one matrix is cut into tasks of `rows` rows and `panels` panels.

@@ -49,11 +49,12 @@ template <typename T>
 void Multiply(const Kernels& kernels, Pool& pool, const Form& form, const MatmulShape& s,
               const PanelShape& shape, int64_t term_stride, int64_t lane_stride, const T* w,
               const T* streamed, const T* targets, float* out) {
-  const std::vector<Run> terms = {{0, shape.depth}};
-  const PassRuns runs(shape, terms);
+  const std::vector<int64_t> start = {0};
+  const PassRuns runs(shape, {{0, shape.depth}});
   const int64_t w_size = CheckedProduct(shape.depth, shape.columns);
   const auto source = [&](int64_t i) -> PanelSource {
-    return {w + i * w_size, !std::is_same_v<T, float>, &terms, term_stride, lane_stride};
+    return {w + i * w_size, !std::is_same_v<T, float>, &start, shape.depth, term_stride,
+            lane_stride};
   };
   const bool lazy = s.rows <= kFewRows;
   PackedPanels packed;

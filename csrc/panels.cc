@@ -16,13 +16,11 @@ void CopyPanel(const T* data, const PanelShape& shape, const PanelSource& source
                int64_t begin, int64_t end, float* out) {
   const int64_t width = shape.width(p), used = shape.used(p), column = p * shape.full_width;
   const int64_t lane_stride = source.lane_stride;
-  int64_t term = 0;
-  for (const Run& segment : *source.segments) {
-    const int64_t from = std::max(begin - term, int64_t{0});
-    const int64_t to = std::min(end - term, segment.length);
-    term += segment.length;
-    if (from >= to) continue;
-    const T* in = data + segment.offset + from * source.term_stride;
+  for (int64_t term = begin; term < end;) {
+    const int64_t segment = term / source.segment_terms, from = term % source.segment_terms;
+    const int64_t to = std::min(source.segment_terms, from + end - term);
+    term += to - from;
+    const T* in = data + (*source.segments)[segment] + from * source.term_stride;
     if (source.lane_offsets != nullptr) {
       for (int64_t t = from; t < to; ++t, out += width, in += source.term_stride) {
         for (int64_t c = 0; c < width; ++c) out[c] = ToFloat(in[source.lane_offsets[column + c]]);

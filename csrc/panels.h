@@ -63,13 +63,14 @@ struct PanelShape {
   int64_t pass_begin(int64_t pass) const { return depth * pass / std::max<int64_t>(1, passes()); }
 };
 
-// Where the values come from: term t of segment s in lane c is at
-// data[segments[s].offset + t · term_stride + c · lane_stride], or with `lane_offsets`, whose size
-// is a multiple of the lanes, at data[segments[s].offset + t · term_stride + lane_offsets[c]].
+// Where the values come from, in segments of as many terms each: term t of segment s in lane c is at
+// data[segments[s] + t · term_stride + c · lane_stride], or with `lane_offsets`, whose size is a
+// multiple of the lanes, at data[segments[s] + t · term_stride + lane_offsets[c]].
 struct PanelSource {
   const void* data;
   bool is_bfloat16;
-  const std::vector<Run>* segments;
+  const std::vector<int64_t>* segments;
+  int64_t segment_terms;
   int64_t term_stride;
   int64_t lane_stride;
   const int64_t* lane_offsets = nullptr;

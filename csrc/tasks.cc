@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
-#include <new>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -38,7 +39,7 @@ struct Shared {
   unsigned float_mode;
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> helpers{0};  // that may be inside a task
-  std::atomic<bool> out_of_memory{false};
+  std::exception_ptr error;  // the first
   std::mutex mutex;
   std::condition_variable idle;
 
@@ -46,8 +47,10 @@ struct Shared {
     for (int64_t i; (i = next.fetch_add(1)) < count;) {
       try {
         (*task)(i);
-      } catch (const std::bad_alloc&) {
-        out_of_memory = true;
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (error == nullptr) error = std::current_exception();
+        next = count;
       }
     }
   }
@@ -88,10 +91,13 @@ void ParallelFor(Pool& pool, int64_t count, const std::function<void(int64_t)>& 
   shared->count = count;
   shared->task = &task;
   shared->float_mode = FloatMode::Current();
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Help(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Help(); });
+  } catch (...) {  // those that began already share `task`: go on, and wait for them
+  }
   shared->Work();
   shared->WaitForHelpers();
-  if (shared->out_of_memory) throw std::bad_alloc();
+  if (shared->error != nullptr) std::rethrow_exception(std::exchange(shared->error, nullptr));
 }
 
 }  // namespace jadder

@@ -18,7 +18,9 @@ class Pool {
 // Calls task(i) for each 0 <= i < count, on this thread and on those of the pool that are free.
 //
 // This thread works too and waits only for tasks that another has begun, so a pool whose threads
-// are all busy, or all waiting here, delays nothing. Throws std::bad_alloc if a task did.
+// are all busy, or all waiting here, delays nothing; nor does a pool that throws, which has fewer
+// helpers. Throws the first of what tasks threw, and then some tasks have not run; never while one
+// of them still does.
 void ParallelFor(Pool& pool, int64_t count, const std::function<void(int64_t)>& task);
 
 }  // namespace jadder

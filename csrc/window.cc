@@ -5,14 +5,42 @@
 
 namespace jadder {
 
-int64_t Phase::grain() const {
-  int64_t grain = count > 1 ? step : 0;
-  for (const Tap& tap : taps) grain = std::gcd(grain, tap.start - first_source());
-  return std::max<int64_t>(1, grain);
-}
-
 bool Phase::Inside(int64_t sources) const {
   return first_source() >= 0 && first_source() + spread() + (count - 1) * step < sources;
+}
+
+Stretches::Stretches(const Phase& phase, int64_t targets) : step(phase.step) {
+  const int64_t length = (targets - 1) * step;  // of what one tap meets, from first to last
+  int64_t common = targets > 1 ? step : 0;
+  for (const Tap& tap : phase.taps) {
+    if (!stretches.empty()) {
+      Stretch& last = stretches.back();
+      if (tap.start <= last.first + last.spread + length) {
+        last.spread = tap.start - last.first;
+        common = std::gcd(common, last.spread);
+        continue;
+      }
+    }
+    stretches.push_back({tap.start, 0, 0});
+  }
+  grain = std::max<int64_t>(1, common);
+  for (Stretch& stretch : stretches) {
+    stretch.place = size;
+    size += Count(stretch, targets);
+  }
+  auto stretch = stretches.begin();
+  for (const Tap& tap : phase.taps) {
+    if (tap.start > stretch->first + stretch->spread) ++stretch;
+    places.push_back(stretch->place + (tap.start - stretch->first) / grain);
+  }
+}
+
+Stretches Stretches::InPlace(const Phase& phase) {
+  Stretches all;
+  all.step = phase.step;
+  all.stretches.push_back({phase.first_source(), phase.spread(), 0});
+  for (const Tap& tap : phase.taps) all.places.push_back(tap.start - phase.first_source());
+  return all;
 }
 
 std::vector<Phase> SplitPhases(int64_t targets, int64_t multiply, int64_t divide,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jadder.kernels import cpu, reference, xla
 from jadder.kernels.by_platform import ByPlatform
+from jadder.kernels.differentiable import Differentiable, XlaLoops
 from jadder.kernels.interface import Kernels
 from jadder.kernels.partitioned import Partitioned
 from jadder.kernels.spec import ConvSpec
@@ -18,16 +19,21 @@ from jadder.warning import AdderWarning
 
 Implementation = Literal["xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "reference"]
 
+
+def _on_many_devices(kernels: Kernels) -> Kernels:
+    return Differentiable(Partitioned(kernels), by=Partitioned(XlaLoops()))
+
+
 _KERNELS: Mapping[str, Kernels] = MappingProxyType(
     {
-        "xla": Partitioned(xla),
-        "cpu": Partitioned(cpu.CpuKernels()),
-        "cpu_fast": Partitioned(cpu.CpuKernels(fast=True)),
+        "xla": _on_many_devices(xla),
+        "cpu": _on_many_devices(cpu.CpuKernels()),
+        "cpu_fast": _on_many_devices(cpu.CpuKernels(fast=True)),
         "reference": reference,
     }
 )
 _MOSAIC = {"mosaic_gpu": "MosaicGpuKernels", "mosaic_tpu": "MosaicTpuKernels"}
-_BEST = Partitioned(ByPlatform(cpu=cpu.CpuKernels(), default=xla))
+_BEST = _on_many_devices(ByPlatform(cpu=cpu.CpuKernels(), default=xla))
 
 
 class Availability(NamedTuple):
@@ -86,7 +92,7 @@ def select(
     if implementation in _MOSAIC:
         module = _mosaic(implementation)
         refusal = module.unsupported(dtype, spec, out_dtype)
-        kernels = getattr(module, _MOSAIC[implementation])()
+        kernels: Kernels = Differentiable(getattr(module, _MOSAIC[implementation])(), by=XlaLoops())
     else:
         refusal = cpu.unavailable() or cpu.unsupported(dtype, spec, out_dtype)
         kernels = _BEST if implementation is None else _KERNELS[implementation]

@@ -149,7 +149,9 @@ def _lower_native(context: mlir.LoweringRuleContext, images: Any, *, network: _N
     axes, attributes = context.module_context.axis_context, {}
     several = isinstance(axes, mlir.ShardingContext) and axes.num_devices > 1
     if several and all(isinstance(size, int) for shape in shapes for size in shape):
-        batch_dimensions = {"num_batch_dims": ir.StringAttr.get(str(len(shapes[0]) - 3))}
+        batch_dimensions: dict[str, ir.Attribute] = {
+            "num_batch_dims": ir.StringAttr.get(str(len(shapes[0]) - 3))
+        }
         attributes = {
             "sdy.sharding_rule": ir.Attribute.parse(_sharding_rule(*shapes)),
             "mhlo.frontend_attributes": ir.DictAttr.get(batch_dimensions),

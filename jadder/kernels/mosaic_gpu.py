@@ -136,9 +136,9 @@ class MosaicGpuKernels:
 
         def phase_sum(source: Array, phase: xla.Targets) -> Array:
             y = self._window_sums(arithmetic, source, lanes, phase)
-            absent = [tap for tap in range(len(w)) if tap not in phase.taps]
-            if absent:  # these taps meet only the zeros that input dilation inserts: |0 - w|
-                y = y - magnitude[jnp.array(absent)].sum(0)
+            absent = phase.absent(len(w))
+            if len(absent):  # these taps meet only zeros, of input dilation or padding: |0 - w|
+                y = y - magnitude[absent].sum(0)
             return y
 
         dimensions = forward_phases(spec, x.shape[1:3], window)
@@ -218,14 +218,14 @@ class MosaicGpuKernels:
         """
         batch, (height, width) = source.shape[0], phase.counts
         groups, features = lanes.shape[0], lanes.shape[3]
-        if not phase.taps:
+        if not len(phase.taps):
             whole = batch, height, width, groups, features
             return zeros_like_operands(whole, arithmetic.total, source, lanes)
         rows, wide = _planes(source, phase.steps)
         lines = -(-width * batch // TILES[0][0]) * height
         fold = -(-height * wide * batch // TILES[0][0]) < lines  # short lines: cut tiles across
         table = []
-        for tap, (top, left) in zip(phase.taps, phase.starts, strict=True):
+        for tap, (top, left) in zip(phase.taps.tolist(), phase.starts.tolist(), strict=True):
             plane = top % phase.steps[0] * phase.steps[1] + left % phase.steps[1]
             line, column = top // phase.steps[0], left // phase.steps[1]
             if fold:

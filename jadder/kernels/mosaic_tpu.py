@@ -34,7 +34,7 @@ Blocks are of 1024 lanes and up to 256 rows, to need few transfers, with as much
 beside them in 12 of the 16 MiB of VMEM that a kernel has by default, transfers double-buffered. The
 result's block stays in VMEM while k runs and is the accumulator. A block of positions sees those
 after it that a tap reaches through further blocks of the same operand. Where the blocks of the
-widest window do not fit (a dilation of tens of thousands), `xla` computes the convolution.
+widest window do not fit (a dilation of tens of thousands), or of which there are thousands, `xla` computes the convolution.
 
 NaN and infinities are the reference's, except as in `xla`: where a window hangs over the edge, a
 gradient of the input meets zeros for the missing outputs, and ψ(NaN) · 0 is NaN: a kernel with NaN
@@ -148,6 +148,8 @@ class MosaicTpuKernels:
         """y[b, o, f] = -Σ_{tap, c} |x[b, position(o, tap), c] - w[tap, c, f]|, zeros included."""
         groups = spec.feature_group_count
         dimensions = forward_phases(spec, x.shape[1:-1], w.shape[:-2])
+        if not all(dimension.are_complete for dimension in dimensions):
+            return xla.conv(x, w, spec, out_dtype=out_dtype)
         images, filters = xla.split_groups(x, groups), jnp.swapaxes(xla.by_tap(w, groups), 1, 3)
         classes = _target_classes(dimensions, w.shape[:-2])
         sums = [self._window_sum(_add_distance, filters, images, None, c) for c in classes]
@@ -157,9 +159,9 @@ class MosaicTpuKernels:
         whole = []
         for y, targets in zip(sums, classes, strict=True):
             assert y is not None
-            absent = sorted(set(range(len(filters))) - set(targets.taps))
-            if absent:  # these taps meet only the zeros that input dilation inserts: |0 - w|
-                y = y - jnp.sum(magnitude[np.array(absent)], axis=0).T
+            absent = targets.absent(len(filters))
+            if len(absent):  # these taps meet only zeros that input dilation inserts: |0 - w|
+                y = y - jnp.sum(magnitude[absent], axis=0).T
             whole.append(y.astype(out_dtype))
         return xla.merge_groups(xla.interleave(whole, dimensions))
 
@@ -181,6 +183,8 @@ class MosaicTpuKernels:
         term = functools.partial(_add_clipped_column, unit)
         groups = spec.feature_group_count
         dimensions = transpose_phases(spec, x.shape[1:-1], w.shape[:-2])
+        if not all(dimension.are_complete for dimension in dimensions):
+            return xla.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype)
         images, targets, filters = (
             xla.split_groups(g, groups),
             xla.split_groups(x, groups),
@@ -229,7 +233,7 @@ class MosaicTpuKernels:
         (batch, *counts, G, R).
         """
         batch, groups, rows = images.shape[0], images.shape[-2], filters.shape[1]
-        if not targets.taps:
+        if not len(targets.taps):
             shape = (batch, *targets.counts, groups, rows)
             return zeros_like_operands(shape, jnp.float32, filters, images)
         flat = _Flat.of(targets, images.shape[:-2])
@@ -237,7 +241,7 @@ class MosaicTpuKernels:
         blocks = _Blocks.fit(*sizes, flat.taps, (filters, images, at))
         if blocks is None:
             return None
-        a = jnp.moveaxis(filters[np.array(targets.taps)], 2, 1)
+        a = jnp.moveaxis(filters[targets.taps], 2, 1)
         source = flat.sources(images, blocks.source_lanes)
         at = None if at is None else flat.flatten(at)
         return flat.crop(self._sum(term, a, source, at, blocks), targets.counts)

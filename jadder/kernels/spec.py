@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+MANY_PHASES = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpec:
@@ -42,11 +44,22 @@ class Phase(NamedTuple):
 
 
 class Phases(NamedTuple):
-    """One spatial dimension of a strided or dilated window, split into residue classes."""
+    """One spatial dimension of a strided or dilated window, split into residue classes.
+
+    Attributes:
+      targets: of all classes.
+      phases: each class, or of more than ``MANY_PHASES`` those that meet a tap.
+    """
 
     period: int
     step: int
+    targets: int
     phases: tuple[Phase, ...]
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether every target is in one of ``phases``."""
+        return len(self.phases) == min(self.period, self.targets)
 
 
 def split_phases(targets: int, multiply: int, divide: int, offsets: Sequence[int]) -> Phases:
@@ -59,13 +72,33 @@ def split_phases(targets: int, multiply: int, divide: int, offsets: Sequence[int
     """
     common = math.gcd(multiply, divide)
     period, step = divide // common, multiply // common
-    phases = []
-    for residue in range(min(period, targets)):
-        size = -(-(targets - residue) // period)
-        numerators = [residue * multiply + offset for offset in offsets]
-        taps = [(tap, n // divide) for tap, n in enumerate(numerators) if n % divide == 0]
-        phases.append(Phase(residue, size, tuple(taps)))
-    return Phases(period, step, tuple(phases))
+    inverse = pow(step, -1, period)
+    taps: dict[int, list[tuple[int, int]]] = {}
+    for tap, offset in enumerate(offsets):
+        residue = -(offset // common) * inverse % period
+        if offset % common == 0 and residue < targets:
+            start = (residue * multiply + offset) // divide
+            taps.setdefault(residue, []).append((tap, start))
+    classes = min(period, targets)
+    phases = (
+        Phase(residue, -(-(targets - residue) // period), tuple(taps.get(residue, ())))
+        for residue in (range(classes) if classes <= MANY_PHASES else sorted(taps))
+    )
+    return Phases(period, step, targets, tuple(phases))
+
+
+def without_distant_taps(phases: Phases, sources: int) -> Phases:
+    """The same without taps through which no target of a class meets a source."""
+
+    def meets(phase: Phase, start: int) -> bool:
+        return start < sources and start + (phase.size - 1) * phases.step >= 0
+
+    return phases._replace(
+        phases=tuple(
+            phase._replace(taps=tuple(each for each in phase.taps if meets(phase, each[1])))
+            for phase in phases.phases
+        )
+    )
 
 
 def forward_phases(

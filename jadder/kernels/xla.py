@@ -7,7 +7,9 @@ of the output's shape in one elementwise fusion, whose lanes are the output's la
 
 The operands of a turn are carried over from the turn before it. That keeps XLA's CPU compiler from
 fusing the slices that cut them out into the unrolled arithmetic, which otherwise happens for short
-chunks and makes the loop six to eight times slower.
+chunks and makes the loop six to eight times slower. With ``differentiable`` each turn cuts out its
+own, so that a derivative of the loop keeps nothing of a turn: its temporaries, too, have the
+operands' sizes.
 """
 
 import itertools
@@ -15,9 +17,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from jadder.kernels import linear
 from jadder.kernels.spec import (
@@ -27,6 +32,7 @@ from jadder.kernels.spec import (
     forward_phases,
     reach,
     transpose_phases,
+    without_distant_taps,
 )
 from jadder.kernels.varying import zeros_like_operands
 from jadder.rules import Clip
@@ -35,7 +41,7 @@ CHUNK = 16  # terms unrolled in one fusion: fewer cost memory traffic, more spil
 BLOCK_ROWS = 256  # patches cut out at a time for a bounded kernel gradient
 
 
-def matmul(x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
+def matmul(x: Array, w: Array, *, out_dtype: DTypeLike, differentiable: bool = False) -> Array:
     """y[b, m, n] = -Σ_k |x[b, m, k] - w[b, k, n]|."""
     steps, chunk = _chunks(x.shape[2])
     x = pad_to(x, 2, steps * chunk)
@@ -47,7 +53,7 @@ def matmul(x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
         return rows.astype(out_dtype), lanes.astype(out_dtype)
 
     y = zeros_like_operands((*x.shape[:2], w.shape[3]), out_dtype, x, w)
-    return _sum_terms(y, steps, load, lambda row, lane: -jnp.abs(row - lane))
+    return _sum_terms(y, steps, load, lambda row, lane: -jnp.abs(row - lane), differentiable)
 
 
 def matmul_dx(
@@ -58,6 +64,7 @@ def matmul_dx(
     *,
     out_dtype: DTypeLike,
     precision: lax.PrecisionLike = None,
+    differentiable: bool = False,
 ) -> Array:
     """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
     if clip.is_linear:
@@ -73,7 +80,7 @@ def matmul_dx(
         return rows.astype(out_dtype), lanes.astype(out_dtype)
 
     dx = zeros_like_operands(x.shape, out_dtype, x, w, g)
-    return _sum_terms(dx, steps, load, lambda row, lane: clip(lane - x) * row)
+    return _sum_terms(dx, steps, load, lambda row, lane: clip(lane - x) * row, differentiable)
 
 
 def matmul_dw(
@@ -84,6 +91,7 @@ def matmul_dw(
     *,
     out_dtype: DTypeLike,
     precision: lax.PrecisionLike = None,
+    differentiable: bool = False,
 ) -> Array:
     """dw[b, k, n] = Σ_m ψ(x[b, m, k] - w[b, k, n]) g[b, m, n]."""
     if clip.is_linear:
@@ -98,10 +106,17 @@ def matmul_dw(
         return rows.astype(out_dtype), lanes.astype(out_dtype)
 
     dw = zeros_like_operands(w.shape, out_dtype, x, w, g)
-    return _sum_terms(dw, steps, load, lambda row, lane: clip(row - w) * lane)
+    return _sum_terms(dw, steps, load, lambda row, lane: clip(row - w) * lane, differentiable)
 
 
-def conv(x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
+def conv(
+    x: Array,
+    w: Array,
+    spec: ConvSpec,
+    *,
+    out_dtype: DTypeLike,
+    differentiable: bool = False,
+) -> Array:
     """y[b, o, f] = -Σ_{tap, c} |x[b, position(o, tap), c] - w[tap, c, f]|, zeros taking part."""
     window, groups = w.shape[:-2], spec.feature_group_count
     x, w = split_groups(x, groups), by_tap(w, groups)
@@ -109,11 +124,11 @@ def conv(x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
 
     def phase_sum(source: Array, phase: Targets) -> Array:
         y = zeros_like_operands((x.shape[0], *phase.counts, *w.shape[2:]), out_dtype, x, w)
-        absent = [tap for tap in range(len(w)) if tap not in phase.taps]
-        if absent:  # these taps meet only the zeros that input dilation inserts: |0 - w|
-            least = jnp.sum(magnitude[jnp.array(absent)], axis=0)
+        absent = phase.absent(len(w))
+        if len(absent):  # these taps meet only zeros, of input dilation or padding: |0 - w|
+            least = jnp.sum(magnitude[absent], axis=0)
             y = y - least.reshape((1,) * (y.ndim - least.ndim) + least.shape)
-        return sum_taps(y, source, w, phase, lambda row, lane: -jnp.abs(row - lane))
+        return sum_taps(y, source, w, phase, lambda row, lane: -jnp.abs(row - lane), differentiable)
 
     dimensions = forward_phases(spec, x.shape[1:-2], window)
     return merge_groups(each_phase(x, dimensions, window, phase_sum))
@@ -128,11 +143,16 @@ def conv_dx(
     *,
     out_dtype: DTypeLike,
     precision: lax.PrecisionLike = None,
+    differentiable: bool = False,
 ) -> Array:
     """dx[b, p, c] = Σ_{tap, f} ψ(w[tap, c, f] - x[b, p, c]) g[b, output(p, tap), f]."""
     if clip.is_linear:
         return linear.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
     window, groups = w.shape[:-2], spec.feature_group_count
+    x, w = x.astype(out_dtype), w.astype(out_dtype)
+    undefined = undefined_dx(x, w, g.shape[1:-1], spec)
+    if undefined is not None:
+        x, w = jnp.nan_to_num(x), jnp.nan_to_num(w)
     x, g = split_groups(x, groups), split_groups(g, groups)
     w = jnp.swapaxes(by_tap(w, groups), 1, 3)
     dimensions = transpose_phases(spec, x.shape[1:-2], window)
@@ -140,11 +160,14 @@ def conv_dx(
 
     def phase_sum(source: Array, phase: Targets) -> Array:
         every = (slice(r, None, p) for r, p in zip(phase.residues, periods, strict=True))
-        target = x[(slice(None), *every)].astype(out_dtype)
+        target = x[(slice(None), *every)]
         dx = zeros_like_operands(target.shape, out_dtype, x, w, g)
-        return sum_taps(dx, source, w, phase, lambda row, lane: clip(lane - target) * row)
+        return sum_taps(
+            dx, source, w, phase, lambda row, lane: clip(lane - target) * row, differentiable
+        )
 
-    return merge_groups(each_phase(g, dimensions, window, phase_sum))
+    dx = merge_groups(each_phase(g, dimensions, window, phase_sum))
+    return dx if undefined is None else jnp.where(undefined, jnp.nan, dx)
 
 
 def conv_dw(
@@ -156,6 +179,7 @@ def conv_dw(
     *,
     out_dtype: DTypeLike,
     precision: lax.PrecisionLike = None,
+    differentiable: bool = False,
 ) -> Array:
     """dw[tap, c, f] = Σ_{b, o} ψ(x[b, position(o, tap), c] - w[tap, c, f]) g[b, o, f].
 
@@ -170,9 +194,14 @@ def conv_dw(
     filters = jnp.moveaxis(by_tap(w, groups), 2, 0).reshape(groups, -1, w.shape[-1] // groups)
 
     stride, dilation = spec.window_strides[0], spec.rhs_dilation[0]
+
+    def rows_seen(outputs: int) -> int:
+        return (outputs - 1) * stride + (window[0] - 1) * dilation + 1
+
     g = pad_to(g, 1, blocks * block)
-    x = pad_to(_dilate(x, spec), 1, (blocks * block - 1) * stride + (window[0] - 1) * dilation + 1)
-    seen = (block - 1) * stride + (window[0] - 1) * dilation + 1
+    # Not what lies beyond the outputs: a NaN there must not meet the zeros after g's end.
+    x = lax.slice_in_dim(_dilate(x, spec), 0, rows_seen(first), axis=1)
+    x, seen = pad_to(x, 1, rows_seen(blocks * block)), rows_seen(block)
 
     def add_block(i: Array, dw: Array) -> Array:
         image, row = i // blocks, i % blocks * block
@@ -180,21 +209,67 @@ def conv_dw(
         g_block = split_groups(_cut(g, image, row, block), groups)
         patches = _patches(split_groups(x_block, groups), (block, *rest), window, spec)
         g_rows = jnp.moveaxis(g_block.reshape(-1, *g_block.shape[-2:]), 1, 0)
-        return dw + matmul_dw(patches, filters, g_rows, clip, out_dtype=out_dtype)
+        return dw + matmul_dw(
+            patches, filters, g_rows, clip, out_dtype=out_dtype, differentiable=differentiable
+        )
 
+    if differentiable:
+        add_block = jax.checkpoint(add_block)
     dw = zeros_like_operands(filters.shape, out_dtype, x, w, g)
     dw = lax.fori_loop(0, batch * blocks, add_block, dw)
     return jnp.moveaxis(dw, 0, 1).reshape(w.shape)
 
 
+def undefined_dx(x: Array, w: Array, out: Sequence[int], spec: ConvSpec) -> Array | None:
+    """Where `conv_dx` is NaN because ψ(w - x) is, as x's shape; None if all windows lie inside.
+
+    ψ(NaN) · 0 is NaN. Where windows hang over the edge, a kernel that puts zeros in the place of the
+    outputs that are not there must be given no NaN and no infinities that cancel, and has its result
+    marked afterwards.
+
+    Args:
+      out: the output's spatial shape.
+    """
+    window, groups = w.shape[:-2], spec.feature_group_count
+    dimensions = transpose_phases(spec, x.shape[1:-1], window)
+    near = [without_distant_taps(d, n) for d, n in zip(dimensions, out, strict=True)]
+    if not any(any(reach(d, n)) for d, n in zip(near, out, strict=True)):
+        return None
+    taps = by_tap(w, groups)
+    kinds = [jnp.isnan(taps), taps == jnp.inf, taps == -jnp.inf]
+    marks = [jnp.moveaxis(jnp.any(kind, axis=3), 1, 2) for kind in kinds]  # (taps, groups, C)
+    marks.append(jnp.ones((*marks[0].shape[:2], 1), bool))
+    lanes = jnp.concatenate(marks, axis=2).astype(jnp.float32)[:, None]
+
+    def phase_sum(source: Array, phase: Targets) -> Array:
+        counts = zeros_like_operands((1, *phase.counts, *lanes.shape[2:]), jnp.float32, x, w)
+        return sum_taps(counts, source, lanes, phase, lambda row, lane: row * lane)
+
+    met = each_phase(jnp.ones((1, *out, 1, 1), jnp.float32), dimensions, window, phase_sum) > 0
+    channels = taps.shape[1]
+    nan, above, below, anything = jnp.split(met, [channels, 2 * channels, 3 * channels], axis=-1)
+    x = split_groups(x, groups)
+    undefined = nan | (anything & jnp.isnan(x)) | (above & (x == jnp.inf))
+    return merge_groups(undefined | (below & (x == -jnp.inf)))
+
+
 class Targets(NamedTuple):
-    """One residue class of targets in each dimension, and the taps that all of them meet."""
+    """One residue class of targets in each dimension, and the taps that all of them meet.
+
+    Attributes:
+      taps: their numbers in the window, (n,).
+      starts: the source of the first target through each, (n, rank).
+    """
 
     residues: tuple[int, ...]
     counts: tuple[int, ...]
     steps: tuple[int, ...]
-    taps: tuple[int, ...]
-    starts: tuple[tuple[int, ...], ...]
+    taps: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    def absent(self, window: int) -> NDArray[np.intp]:
+        """The other taps of a window that has so many."""
+        return np.setdiff1d(np.arange(window), self.taps, assume_unique=True)
 
 
 def _sum_terms(
@@ -202,18 +277,27 @@ def _sum_terms(
     steps: int,
     load: Callable[[Array | int], tuple[Array, Array]],
     term: Callable[[Array, Array], Array],
+    differentiable: bool,
 ) -> Array:
     """Adds term(rows[..., c], lanes[c]) for every c of each of ``steps`` loaded chunks."""
 
-    def add_chunk(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        total, rows, lanes = carry
+    def add_terms(total: Array, rows: Array, lanes: Array) -> Array:
         leading = (1,) * (total.ndim - lanes.ndim + 1)  # nobody's ranks are promoted in silence
         for c in range(lanes.shape[0]):
             lane = lanes[c].reshape(leading + lanes.shape[1:])
             total = total + term(rows[..., c : c + 1], lane)
-        return total, *load(i + 1)
+        return total
 
-    return lax.fori_loop(0, steps, add_chunk, (total, *load(0)))[0]
+    def add_carried(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        return add_terms(*carry), *load(i + 1)
+
+    @jax.checkpoint
+    def add_loaded(i: Array, total: Array) -> Array:
+        return add_terms(total, *load(i))
+
+    if differentiable:
+        return lax.fori_loop(0, steps, add_loaded, total)
+    return lax.fori_loop(0, steps, add_carried, (total, *load(0)))[0]
 
 
 def sum_taps(
@@ -222,19 +306,20 @@ def sum_taps(
     w: Array,
     phase: Targets,
     term: Callable[[Array, Array], Array],
+    differentiable: bool = False,
 ) -> Array:
     """Adds the terms of every tap of ``phase``.
 
     source is (batch, *spatial, groups, C) and w (taps, C, groups, lanes).
     """
-    if not phase.taps:
+    if not len(phase.taps):
         return total
     steps, chunk = _chunks(source.shape[-1], turns=len(phase.taps))
     at_once = _taps_at_once(len(phase.taps), source.shape[-1]) if steps == 1 else 1
     source, w = pad_to(source, source.ndim - 1, steps * chunk), pad_to(w, 1, steps * chunk)
     turns = len(phase.taps) // at_once
-    taps = jnp.array(phase.taps, jnp.int32).reshape(turns, at_once)
-    starts = jnp.array(phase.starts, jnp.int32).reshape(turns, at_once, len(phase.counts))
+    taps = jnp.asarray(phase.taps.reshape(turns, at_once), jnp.int32)
+    starts = jnp.asarray(phase.starts.reshape(turns, at_once, len(phase.counts)), jnp.int32)
     extent = [(n - 1) * step + 1 for n, step in zip(phase.counts, phase.steps, strict=True)]
     every = (slice(None), *(slice(None, None, step) for step in phase.steps))
 
@@ -256,7 +341,7 @@ def sum_taps(
         row, lane = jnp.concatenate(rows, -1), jnp.concatenate(lanes, 0)
         return row.astype(total.dtype), lane.astype(total.dtype)
 
-    return _sum_terms(total, turns * steps, load, term)
+    return _sum_terms(total, turns * steps, load, term, differentiable)
 
 
 def _chunks(terms: int, *, turns: int = 1) -> tuple[int, int]:
@@ -272,8 +357,8 @@ def _chunks(terms: int, *, turns: int = 1) -> tuple[int, int]:
 
 def _taps_at_once(taps: int, channels: int) -> int:
     """How many taps of few channels share a turn; at least two turns remain where there can be."""
-    fits = [n for n in range(1, taps) if taps % n == 0 and n * channels <= CHUNK]
-    return max(fits, default=1)
+    most = min(taps - 1, CHUNK // channels)
+    return max((n for n in range(1, most + 1) if taps % n == 0), default=1)
 
 
 def each_phase(
@@ -283,15 +368,29 @@ def each_phase(
     phase_sum: Callable[[Array, Targets], Array],
 ) -> Array:
     """``phase_sum`` of every combination of residue classes, interleaved into one array."""
+    sizes = source.shape[1:-2]
+    dimensions = [without_distant_taps(d, n) for d, n in zip(dimensions, sizes, strict=True)]
     pads = [reach(d, n) for d, n in zip(dimensions, source.shape[1:-2], strict=True)]
     padding = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0), (0, 0, 0)]
     if any(low or high for low, high in pads):
         source = lax.pad(source, jnp.zeros((), source.dtype), padding)
+    lows = [low for low, _ in pads]
+    combinations = list(itertools.product(*(d.phases for d in dimensions)))
     sums = [
-        phase_sum(source, residue_targets(phases, dimensions, window, [low for low, _ in pads]))
-        for phases in itertools.product(*(d.phases for d in dimensions))
+        phase_sum(source, residue_targets(phases, dimensions, window, lows))
+        for phases in combinations
     ]
-    return interleave(sums, dimensions)
+    if all(d.are_complete for d in dimensions):
+        return interleave(sums, dimensions)
+    first = [Phase(0, 1, ()) for _ in dimensions]
+    unmet = phase_sum(source, residue_targets(first, dimensions, window, lows))
+    unmet = unmet[(slice(None), *(slice(0, 1) for _ in dimensions))]
+    shape = (unmet.shape[0], *(d.targets for d in dimensions), *unmet.shape[-2:])
+    whole = jnp.broadcast_to(unmet, shape)
+    for part, phases in zip(sums, combinations, strict=True):
+        every = (slice(p.residue, None, d.period) for p, d in zip(phases, dimensions, strict=True))
+        whole = whole.at[(slice(None), *every)].set(part)
+    return whole
 
 
 def residue_targets(
@@ -301,19 +400,19 @@ def residue_targets(
     lows: Sequence[int],
 ) -> Targets:
     """Joins one residue class of each dimension; starts count from the padded source's edge."""
-    taps, starts = [], []
-    for combination in itertools.product(*(phase.taps for phase in phases)):
-        flat = 0
-        for (tap, _), size in zip(combination, window, strict=True):
-            flat = flat * size + tap
-        taps.append(flat)
-        starts.append(tuple(s + low for (_, s), low in zip(combination, lows, strict=True)))
+    pairs = [np.array(phase.taps, np.int64).reshape(-1, 2) for phase in phases]
+    numbers = np.meshgrid(*(each[:, 0] for each in pairs), indexing="ij")
+    places = np.meshgrid(
+        *(each[:, 1] + low for each, low in zip(pairs, lows, strict=True)), indexing="ij"
+    )
+    taps = np.ravel_multi_index(numbers, tuple(window)).reshape(-1)
+    starts = np.stack(places, -1).reshape(-1, len(window))
     return Targets(
         residues=tuple(phase.residue for phase in phases),
         counts=tuple(phase.size for phase in phases),
         steps=tuple(dimension.step for dimension in dimensions),
-        taps=tuple(taps),
-        starts=tuple(starts),
+        taps=taps,
+        starts=starts,
     )
 
 

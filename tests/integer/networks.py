@@ -108,9 +108,7 @@ class _Network:
     def classify(self, classes: int) -> IntegerProgram:
         height, width, channels = self.values[-1].shape
         output = Activation((1, 1, channels), (1 / 64,))
-        self.add(
-            SumPool(len(self.operations), (height, width), _unset(channels), output)
-        )
+        self.add(SumPool(len(self.operations), (height, width), _unset(channels), output))
         self.convolve("multiply", classes, 1)
         last = self.operations[-1]
         assert isinstance(last, Convolution)

@@ -69,7 +69,7 @@ struct Random {
 };
 
 // Fills in the spatial sizes: images of up to `most` pixels a side, windows of up to 3, now and
-// then none.
+// then none, or taps that lie far apart.
 inline void SetSpatial(Random& random, int64_t most, ConvShape& s) {
   for (int d = 0; d < 2; ++d) {
     s.in[d] = random.Once(40) ? 0 : random.From(1, most);
@@ -78,9 +78,14 @@ inline void SetSpatial(Random& random, int64_t most, ConvShape& s) {
     s.low_padding[d] = random.From(-1, 3);
     s.lhs_dilation[d] = random.To(2) ? 1 : random.From(1, 3);
     s.rhs_dilation[d] = random.To(1) ? 1 : random.From(1, 3);
+    if (random.Once(8)) {
+      s.rhs_dilation[d] = random.From(3, 2 * most);
+      s.low_padding[d] = random.From(0, s.rhs_dilation[d]);
+    }
     const int64_t dilated = s.in[d] == 0 ? 0 : (s.in[d] - 1) * s.lhs_dilation[d] + 1;
     const int64_t reach = s.window[d] == 0 ? 0 : (s.window[d] - 1) * s.rhs_dilation[d] + 1;
-    const int64_t room = dilated + s.low_padding[d] + random.From(-1, 3) - reach;
+    int64_t room = dilated + s.low_padding[d] + random.From(-1, 3) - reach;
+    if (random.Once(8)) room = random.To(most);  // which ends in as much padding as that takes
     s.out[d] = room < 0 ? 0 : room / s.stride[d] + 1;
   }
 }

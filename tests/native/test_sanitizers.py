@@ -17,7 +17,7 @@ import pytest
 
 NATIVE = Path(__file__).resolve().parent
 SOURCES = NATIVE.parents[1] / "csrc"
-DRIVERS = ("fuzz", "integers", "programs")
+DRIVERS = ("fuzz", "integers", "programs", "tasks")
 
 # Cases for each of three callers, and threads of the pool they share.
 SANITIZERS = {"address,undefined": (120, 4), "thread": (30, 8)}
@@ -96,7 +96,9 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip(f"{compiler} cannot build or run programs with {sanitize[0]}: {error}")
 
     kernels = sorted(SOURCES.glob("*kernels.cc"))
-    others = set(SOURCES.glob("*.cc")) - set(kernels) - set(SOURCES.glob("*ffi.cc"))  # XLA's headers
+    others = (
+        set(SOURCES.glob("*.cc")) - set(kernels) - set(SOURCES.glob("*ffi.cc"))
+    )  # XLA's headers
     jobs = [  # the longest first
         (source, directory / f"{source.stem}_{name}.o", extra)
         for name, extra in reversed(INSTRUCTION_SETS.items())
