@@ -168,6 +168,19 @@ class TrainConfig:
         "slope of the rule of inputs, 'distance' with (x - w)^2 / 2 in place of |x - w|",
         choices=ANNEALINGS,
     )
+    start: str | None = _option(
+        None,
+        "training",
+        "begin with the parameters of this finished run of the same network, on the same images",
+        metavar="FOLDER",
+    )
+    bits: int | None = _option(
+        None,
+        "training",
+        "round the operands of adder products to grids of so many bits (2 to 8) while training, as "
+        "jadder.quantize will: for a few epochs from --start, at a low --learning-rate",
+        metavar="N",
+    )
     teacher: str | None = _option(
         None,
         "training",
@@ -217,7 +230,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("epochs", "batch_size", "image_size", "limit_train", "learning_rate", "eta",
                       "adder_rate", "distill_temperature", "checkpoint_every", "devices",
-                      "num_processes"):  # fmt: skip
+                      "num_processes", "bits"):  # fmt: skip
             self._check_number(field, positive=True)
         for field in (
             "validation",

@@ -19,7 +19,7 @@ from experiments.common.files import is_there, write_json
 from experiments.common.interrupt import Interrupted, StopRequest
 from experiments.images.dataset import Dataset, Images, Labels
 from experiments.images.streamed import StreamedImages
-from experiments.training import annealing, build, devices, optimizer, steps
+from experiments.training import annealing, devices, optimizer, steps
 from experiments.training.checkpoint import Checkpoints, check_fingerprint, checksum, describe
 from experiments.training.config import TrainConfig
 from experiments.training.curves import draw
@@ -27,6 +27,7 @@ from experiments.training.folder import Result, read_fingerprint, read_result
 from experiments.training.metrics import MetricsFile, Row, are_complete, plain, read_rows
 from experiments.training.processes import Votes, is_first, make_shared
 from experiments.training.progress import Progress
+from experiments.training.start import starting_model
 from experiments.training.teacher import load_teacher
 from jadder.nn import adder_mask
 
@@ -95,7 +96,7 @@ class Run:
             steps_per_epoch=self.steps_per_epoch,
             warmup_epochs=config.warmup_epochs,
         )
-        model = build.build_model(config, family, dataset)
+        model = starting_model(config, family, dataset)
         tx = optimizer.make(config, self.recipe, self.schedule, adder_mask(model))
         tx = tx if wrap is None else wrap(tx, self.total_steps)
         self.graphdef, state = steps.initial_state(model, tx, self.dtype)
@@ -121,6 +122,7 @@ class Run:
             **config.science(),
             **vars(self.recipe),
             "teacher": None if teacher is None else checksum(teacher.state[0]),
+            "start_parameters": None if config.start is None else checksum(state["params"]),
             "data": dataset.fingerprint(),
             "parameters": describe(self.state["params"]),
         }

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jadder.adder_kernels import AdderOperator
 from jadder.integer.calibrate import CHUNK, sample_of
 from jadder.integer.grid import Grid
-from jadder.integer.pixels import Pixels
+from jadder.integer.pixels import PerChannel, Pixels
 from jadder.models import update_statistics
 from jadder.products import AdderEinsum, AdderProduct, MixedProduct, adder_products
 
@@ -65,8 +65,8 @@ def fake_quantize(
     images: ArrayLike,
     *,
     bits: int = 3,
-    mean: ArrayLike | None = None,
-    std: ArrayLike | None = None,
+    mean: PerChannel | None = None,
+    std: PerChannel | None = None,
 ) -> Any:
     """A copy of a network whose adder products compute on the grids that `quantize` will use.
 

@@ -1,6 +1,7 @@
 """Calibration images: pixels as bytes, or the floats that a network takes."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ from jax.typing import ArrayLike
 
 from jadder.integer.grid import Grid
 from jadder.integer.program import Activation
+
+PerChannel = ArrayLike | Sequence[float]
 
 _BYTE = 255
 
@@ -22,7 +25,7 @@ class Pixels:
 
     @classmethod
     def of(
-        cls, name: str, images: ArrayLike, mean: ArrayLike | None, std: ArrayLike | None
+        cls, name: str, images: ArrayLike, mean: PerChannel | None, std: PerChannel | None
     ) -> "Pixels":
         """Checked; ``name`` is the caller's.
 

@@ -24,7 +24,7 @@ from jadder.integer.expressions import Expression, count_uses, expression, has_o
 from jadder.integer.graph import Flatten, Image, Node, Pool, Round, topological
 from jadder.integer.grid import Grid
 from jadder.integer.hybrid import quantize_products
-from jadder.integer.pixels import Pixels
+from jadder.integer.pixels import PerChannel, Pixels
 from jadder.integer.program import (
     INT32,
     Activation,
@@ -50,8 +50,8 @@ def quantize(
     images: ArrayLike,
     *,
     bits: int = 8,
-    mean: ArrayLike | None = None,
-    std: ArrayLike | None = None,
+    mean: PerChannel | None = None,
+    std: PerChannel | None = None,
     residual_bits: int = 8,
     hybrid: bool = False,
 ) -> Any:

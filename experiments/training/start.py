@@ -1,0 +1,88 @@
+"""Where a run's network begins: anew, or with what an earlier run has learnt."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.common.errors import UserError
+from experiments.common.files import entry
+from experiments.images.dataset import Dataset
+from experiments.training import optimizer, steps
+from experiments.training.build import build_model, choose_model, refusals
+from experiments.training.checkpoint import Checkpoints, describe
+from experiments.training.config import TrainConfig, from_record
+from experiments.training.folder import read_fingerprint, read_result, saved_steps
+from jadder import fake_quantize
+from jadder.nn import adder_mask
+
+CALIBRATION_IMAGES = 512
+
+
+def starting_model(config: TrainConfig, family: str, dataset: Dataset) -> nnx.Module:
+    """The network of one family as its training finds it.
+
+    Raises:
+        UserError: the network cannot be built, or not begin where the configuration says.
+    """
+    model = build_model(config, family, dataset)
+    if config.start is not None:
+        folder = Path(config.start)
+        try:
+            _, (params, rest) = trained(folder, dataset)
+            model = _with_state(model, params, rest)
+        except UserError as error:
+            raise UserError(f"--start {folder}: {error}", error.status) from None
+    if config.bits is not None:
+        with refusals(f"--bits {config.bits}"):
+            model = fake_quantize(model, calibration_images(dataset), bits=config.bits,
+                                  mean=dataset.mean, std=dataset.std)  # fmt: skip
+    return model
+
+
+def calibration_images(dataset: Dataset) -> Any:
+    """The first training images, with which a network is quantised."""
+    count = min(CALIBRATION_IMAGES, len(dataset.train_images))
+    return np.asarray(dataset.train_images[np.arange(count)])
+
+
+def _with_state(model: nnx.Module, params: Any, rest: Any) -> nnx.Module:
+    graphdef, *own = steps.split(model)
+    given = (params, rest)
+    if describe(own) != describe(given):
+        raise UserError("it is the run of another network")
+    merged: nnx.Module = nnx.merge(graphdef, *jax.tree.map(jnp.asarray, given))
+    return merged
+
+
+def trained(folder: Path, dataset: Dataset) -> tuple[Any, tuple[Any, Any]]:
+    """The structure of a finished run's network, its parameters and what else it keeps.
+
+    Raises:
+        UserError: there is no such run, it has not finished, or it was trained or tested on other
+            images than `dataset`.
+    """
+    if read_result(folder) is None:
+        raise UserError("expected the folder of a finished run")
+    saved, where = read_fingerprint(folder), folder / "config.json"
+    theirs = from_record(saved, where)
+    data = entry(saved, "data", str, where)
+    if data != dataset.fingerprint():
+        raise UserError(f"it was trained on {data}, not on {dataset.fingerprint()}")
+    if not saved_steps(folder):
+        raise UserError("it has no checkpoint")
+    choose_model(theirs.model, dataset)
+    model = starting_model(theirs, theirs.family[0], dataset)
+    recipe = optimizer.choose(theirs)
+    tx = optimizer.make(theirs, recipe, lambda count: jnp.zeros(()), adder_mask(model))
+    dtype = jnp.dtype("float64" if theirs.dtype == "float64" else "float32")
+    graphdef, state = steps.initial_state(model, tx, dtype)
+    with Checkpoints(folder / "checkpoints", saved, read_only=True) as checkpoints:
+        restored = checkpoints.restore(state)
+    if restored is None:
+        raise UserError("it has no checkpoint")
+    state, _ = restored
+    return graphdef, (state["params"], state["model"])
