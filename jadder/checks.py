@@ -220,9 +220,7 @@ def _faults_seen(
             faults.append((place.path, "no normalisation takes the mean of its results away"))
         dtype = dtypes.get(place.path, jnp.float32)
         if jnp.promote_types(dtype, jnp.float32) != dtype:
-            faults.append(
-                (place.path, f"{dtype} has no digits left: preferred_element_type=float32")
-            )
+            faults.append((place.path, f"{dtype} results: give preferred_element_type=float32"))
     return faults
 
 

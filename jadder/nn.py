@@ -1,4 +1,4 @@
-"""Flax NNX layers whose products are adder or Euclid products, and `adderize` for whole models.
+"""Flax NNX layers whose products are adder or Euclid products.
 
 The layers are Flax's own with another product: same arguments, same parameters. What differs by
 default is what AdderNet does: kernels start from N(0, 1), and there is no bias, because a
@@ -6,6 +6,7 @@ normalisation with a bias follows every adder layer.
 
 Adder kernels are `AdderKernel` variables. ``nnx.state(model, AdderKernel)`` selects them, and
 `adder_mask` marks them among the parameters for an optimizer (`jadder.masks` says how).
+`jadder.conversion` makes such layers of those of a whole model.
 """
 
 import functools

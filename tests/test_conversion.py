@@ -122,10 +122,8 @@ class TestWarnings:
 
     def test_what_follows_in_a_sequential(self):
         norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
-        none = "the model has no normalisation"
-        assert self.faults(mlp()) == {"layers/0": "relu follows", "layers/3": none} or self.faults(
-            mlp()
-        ) == {"layers/0": "relu follows", "layers/2": "nothing follows"}
+        faults = {"layers/0": "relu follows", "layers/2": "nothing follows"}
+        assert self.faults(mlp()) == faults
         assert self.faults(mlp(norm)) == {"layers/3": "nothing follows"}
         rms = mlp(nnx.Dropout(0.1), nnx.RMSNorm(4, rngs=nnx.Rngs(0)))
         assert self.faults(rms, where=first) == {"layers/0": "RMSNorm follows"}
@@ -179,7 +177,7 @@ def model(name, **options):
 
 
 class TestImplementations:
-    @pytest.mark.parametrize("name", ["vit", "swin", "resnet20", "lenet5"])
+    @pytest.mark.parametrize("name", ["vit", "swin", "lenet5"])
     def test_all_products_get_it_and_keep_their_rules(self, name):
         family = dataclasses.replace(get_family("adder"), implementation="reference")
         options = {"scores": "adder"} if name in ("vit", "swin") else {}
@@ -274,7 +272,7 @@ class TestHalfPrecision:
 
     @pytest.mark.filterwarnings("ignore:adderize. no normalisation:jadder.AdderWarning")
     def test_cells_and_attention_keep_one_dtype(self):
-        types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+        types = {"dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
         x = X.reshape(2, 12, 9)[..., :4].astype(jnp.bfloat16)
         rnn = adderize(nnx.RNN(nnx.GRUCell(4, 4, **types)))
         assert rnn(x).dtype == jnp.bfloat16

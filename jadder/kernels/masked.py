@@ -9,8 +9,14 @@ zeros put in. The forward product and the input's gradient are the loops of `jad
 over kernels that carry ``seen`` beside them as further groups.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jadder.kernels import linear
@@ -30,6 +36,15 @@ from jadder.rules import Clip
 
 def conv(x: Array, w: Array, seen: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
     """y[b, o, f] = -Σ_{tap, c: seen} |x[b, position(o, tap), c] - w[tap, c, f]|."""
+    loops = functools.partial(_conv, spec=spec, out_dtype=out_dtype)
+    batch, features = _axes(x)[:1], _axes(w)[-1:]
+    space = (None,) * (x.ndim - 2)
+    return _placed(loops, (*batch, *space, *(features if features != batch else (None,))))(
+        x, w, seen
+    )
+
+
+def _conv(x: Array, w: Array, seen: Array, *, spec: ConvSpec, out_dtype: DTypeLike) -> Array:
     window, groups = w.shape[:-2], spec.feature_group_count
     x, lanes = split_groups(x, groups), _with_seen(by_tap(w, groups), by_tap(seen, groups))
     magnitude = jnp.sum(jnp.abs(jnp.where(seen, w, 0).astype(out_dtype)), axis=-2)
@@ -56,6 +71,13 @@ def conv_dx(
     x: Array, w: Array, seen: Array, g: Array, spec: ConvSpec, clip: Clip, *, out_dtype: DTypeLike
 ) -> Array:
     """dx[b, p, c] = Σ_{tap, f: seen} ψ(w[tap, c, f] - x[b, p, c]) g[b, output(p, tap), f]."""
+    loops = functools.partial(_conv_dx, spec=spec, clip=clip, out_dtype=out_dtype)
+    return _placed(loops, _axes(x))(x, w, seen, g)
+
+
+def _conv_dx(
+    x: Array, w: Array, seen: Array, g: Array, *, spec: ConvSpec, clip: Clip, out_dtype: DTypeLike
+) -> Array:
     window, groups = w.shape[:-2], spec.feature_group_count
     x, g = split_groups(x, groups), split_groups(g, groups)
     w, seen = (jnp.swapaxes(by_tap(array, groups), 1, 3) for array in (w, seen))
@@ -115,6 +137,21 @@ def euclid_conv(
     squares = linear.conv_product(x * x, part, spec, precision)
     kernel_squares = jnp.sum(w * w, axis=tuple(range(w.ndim - 1)))
     return 2 * product - squares - kernel_squares.reshape((1,) * (product.ndim - 1) + (-1,))
+
+
+def _axes(array: Array) -> tuple[Any, ...]:
+    """The mesh axes that each dimension's type names, on explicit axes."""
+    spec = jax.typeof(array).sharding.spec
+    return (*spec, *(None,) * (array.ndim - len(spec)))
+
+
+def _placed(function: Callable[..., Array], axes: tuple[Any, ...]) -> Callable[..., Array]:
+    """``function`` where XLA places what it cuts into slices, its result sharded over ``axes``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes:
+        return function
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.sharding.auto_axes(function, out_sharding=sharding)
 
 
 def _with_seen(w: Array, seen: Array) -> Array:

@@ -55,7 +55,7 @@ def update_statistics(
     statistics, streams, others = states
 
     @jax.jit
-    def pool(statistics: Any, streams: Any, batch: Any) -> tuple[Any, Any]:
+    def pool(statistics: Any, streams: Any, others: Any, batch: Any) -> tuple[Any, Any]:
         copy = nnx.merge(graphdef, statistics, streams, others)
         if forward is None:
             copy(batch)
@@ -65,7 +65,7 @@ def update_statistics(
 
     seen = False
     for batch in batches:
-        statistics, streams = pool(statistics, streams, batch)
+        statistics, streams = pool(statistics, streams, others, batch)
         seen = True
     if not seen:
         raise ValueError("update_statistics: there are no batches")

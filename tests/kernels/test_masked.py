@@ -179,3 +179,25 @@ def test_a_mask_of_another_shape_is_refused_though_it_broadcasts(conv, shape):
         ValueError, match=r"kernel's shape \(3, 3, 2, 4\), got \(" + str(shape)[1:-1]
     ):
         conv(jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 2, 4)), mask=np.ones(shape))
+
+
+@pytest.mark.parametrize("kernel_axes", [(), (None, None, None, "j"), (None, None, "j")])
+def test_explicit_mesh_axes(kernel_axes):
+    x, w = normal(0, (2, 4, 4, 4), (3, 3, 4, 6))
+    mask = draw_mask(0, w.shape, "elements")
+
+    @jax.jit
+    def run(x, w, mask):
+        y, pull = jax.vjp(functools.partial(jadder.adder_conv, mask=mask), x, w)
+        return y, *pull(jnp.cos(y))
+
+    mesh = jax.make_mesh((2, 2), ("i", "j"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.enable_x64(True):
+        expected = run(x, w, mask)
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(x, jax.P("i"))]
+            placed += [jax.device_put(array, jax.P(*kernel_axes)) for array in (w, mask)]
+            found = run(*placed)
+        assert found[0].sharding.spec[0] == "i"
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-10)
