@@ -53,6 +53,17 @@ def is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
+def check_ordinary(folder: Path) -> None:
+    """Refuses a folder for others to read where they would wait for ever, or never come to an end.
+
+    Raises:
+        UserError: something below it is no ordinary file or folder.
+    """
+    for path in folder.rglob("*"):
+        if not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{path} is no ordinary file")
+
+
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """What a file holds.
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from experiments.common.errors import UserError
-from experiments.common.files import read_json
+from experiments.common.files import check_ordinary, read_json
 from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, resize
 from experiments.images.streamed import StreamedImages
 
@@ -104,6 +104,8 @@ def _check_features(folder: Path) -> None:
     Raises:
         UserError: see above, or a file is damaged.
     """
+    check_ordinary(folder)
+    read_json(folder / "dataset_info.json")
     path = folder / "features.json"
     # Both forms that the library reads: since 4.5 the second.
     for name in _values(read_json(path), ("type", "pythonClassName", "python_class_name")):
@@ -133,7 +135,8 @@ def _command(name: str, folder: str) -> str:
 def _find(name: str, data_dir: str | None) -> Path:
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     path, _, version = name.removeprefix("tfds:").partition(":")
-    if not path or ".." in Path(path).parts:
+    odd = version and not re.fullmatch(r"[\w.]+", version)
+    if not path or ".." in Path(path).parts or odd:
         raise UserError(f"--dataset: {name!r} names no data set")
     found = [p.parent for p in (root / path).glob(f"{version or '*'}/dataset_info.json")]
     if not found:

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.common.errors import UserError, disk_is_full, one_line
-from experiments.common.files import LARGEST, is_there
+from experiments.common.files import LARGEST, check_ordinary, is_there
 from experiments.training.folder import Fingerprint, remove_unfinished
 
 LATER: Fingerprint = {
@@ -142,7 +142,9 @@ class Checkpoints:
         where = self.folder / str(step)
         advice = "without that folder, --resume takes the one before"
         with _one_error(f"checkpoint {where} cannot be read; {advice}", status=2):
-            _check_ordinary(where)
+            check_ordinary(where)
+            if (meta := where / "meta" / "metadata").is_file() and meta.stat().st_size > LARGEST:
+                raise ValueError("its meta data are too large")
             yield
 
 
@@ -162,15 +164,6 @@ def _one_error(what: str, status: int | None = None) -> Iterator[None]:
         full = disk_is_full(error)
         reason = "the disk is full" if full else f"{type(error).__name__}: {one_line(str(error))}"
         raise UserError(f"{what} ({reason})", status=status or 1) from None
-
-
-def _check_ordinary(folder: Path) -> None:
-    """Raises ValueError where reading a checkpoint would wait for ever, or never end."""
-    for path in folder.rglob("*"):
-        if not path.is_file() and not path.is_dir():
-            raise ValueError(f"{path.relative_to(folder)} is no ordinary file")
-    if (meta := folder / "meta" / "metadata").is_file() and meta.stat().st_size > LARGEST:
-        raise ValueError("its meta data is too large")
 
 
 @contextlib.contextmanager

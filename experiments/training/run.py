@@ -190,8 +190,9 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if is_first() and rows and read_rows(path)[: len(rows)] != rows:
             print(f"{path} is written anew, with the rows of the checkpoint", file=sys.stderr)
-        self.rows = rows
-        return MetricsFile(path, rows, write=is_first())
+        metrics = MetricsFile(path, rows, write=is_first())
+        self.rows = metrics.rows
+        return metrics
 
     def train(self, stop: StopRequest) -> Result:
         """Trains to the end, from the last checkpoint if there is one.
@@ -218,7 +219,6 @@ class Run:
                 write_json(self.folder / "config.json", record)
             metrics = self._metrics(rows)
             self._loop(checkpoints, metrics, stop, seconds)
-        self.rows = metrics.rows
         return self._finish(metrics.rows)
 
     def _check_step(self, epochs: int) -> None:

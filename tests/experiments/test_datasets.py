@@ -359,14 +359,20 @@ def test_tfds(tfds_folder: Path) -> None:
     )
 
 
-def test_tfds_does_not_import_tensorflow(tfds_folder: Path) -> None:
+def test_tfds_is_the_installed_one_and_does_not_import_tensorflow(
+    tfds_folder: Path, tmp_path: Path
+) -> None:
+    """Not what has its name where the command is run, which `python -m` and -c look at first."""
+    fake = tmp_path / "tensorflow_datasets"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("raise SystemExit('the wrong one')")
     code = (
-        "import sys; from experiments.images.load import load; "
+        f"import sys; sys.path.append({str(ROOT)!r}); from experiments.images.load import load; "
         f"d = load('tfds:tiny', {str(tfds_folder)!r}); "
         "print(len(d.test_images), 'tensorflow' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["7", "False"]
 
@@ -396,6 +402,7 @@ def test_streamed_images_are_those_in_memory(
     assert (read.mean, read.std) == (kept.mean, kept.std)
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_training_on_streamed_images_is_training_on_images_in_memory(
     tfds_folder: Path, tmp_path: Path
 ) -> None:
@@ -450,24 +457,19 @@ def test_tfds_with_damaged_features(content: bytes, tfds_folder: Path, tmp_path:
     assert str(target) in error_of("tfds:tiny", tmp_path)
 
 
-def test_tfds_is_not_what_lies_in_the_working_directory(tmp_path: Path, tfds_folder: Path) -> None:
-    fake = tmp_path / "tensorflow_datasets"
-    fake.mkdir()
-    (fake / "__init__.py").write_text("raise SystemExit('the wrong one')")
-    code = (
-        f"import sys; sys.path.insert(1, {str(ROOT)!r}); from experiments.images.load import load; "
-        f"print(len(load('tfds:tiny', {str(tfds_folder)!r}).test_images))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")
+def test_tfds_with_a_file_that_never_begins(tfds_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "tiny" / "1.0.0"
+    shutil.copytree(tfds_folder / "tiny" / "1.0.0", target)
+    os.mkfifo(target / "label.more.txt")
+    assert "label.more.txt is no ordinary file" in error_of("tfds:tiny", tmp_path)
 
 
 def test_tfds_that_is_not_there(tfds_folder: Path) -> None:
     text = error_of("tfds:absent", tfds_folder)
     assert "tfds build absent --file_format=array_record" in text
     assert "tfds build" in error_of("tfds:tiny:2.0.0", tfds_folder)
+    for name in ("tfds:", "tfds:../tiny", "tfds:tiny:/1.0.0", "tfds:tiny:**"):
+        assert f"{name!r} names no data set" in error_of(name, tfds_folder)
 
 
 def test_tfds_of_another_kind(tfds_folder: Path) -> None:

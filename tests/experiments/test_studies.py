@@ -167,6 +167,18 @@ def test_interrupted_study_goes_on(
         assert total == pytest.approx(run["epochs"][-1]["seconds"])
 
 
+def test_what_saves_nothing_is_interrupted_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> Any:
+        signal.raise_signal(signal.SIGINT)
+
+    experiment = command.Experiment("never", "about", run, saves=False)
+    assert experiment.main(["--out-dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_resnet20(tmp_path: Path) -> None:
     result = smoke(resnet20, tmp_path, "--families", "adder")
     assert [run["label"] for run in result["data"]["runs"]] == ["adder, 1 epochs s0"]
