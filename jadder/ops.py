@@ -7,8 +7,14 @@ matters to the adder product's gradients (see `jadder.rules`).
 
 All forms take float16, bfloat16, float32 and, where enabled, float64, accumulate in at least
 float32, and work under ``jit``, ``grad``, ``vmap``, ``remat``, ``scan`` and ``shard_map``. The
-adder forms also take integers with ``preferred_element_type=jnp.int32``. Forward-mode
-differentiation (``jvp``, ``jacfwd``) of the adder forms raises, as for every ``jax.custom_vjp``.
+adder forms also take integers with ``preferred_element_type=jnp.int32``: exact, and refused where
+sums of so many 8- or 16-bit differences need not fit. Differences and sums of wider integers must
+fit for themselves.
+
+The first derivative of an adder form follows its rule. A second one, of any implementation, is the
+first one's own derivative: with ``x`` and ``g`` what the rule was given, that of ψ_x(w - x) g, and of
+the product as -Σ|x - w|. Forward-mode differentiation (``jvp``, ``jacfwd``) of an adder form raises,
+as for every ``jax.custom_vjp``; of its gradient, as in ``jax.hessian``, it works.
 
 Of sharded arrays each device computes with its blocks: batch, features, contraction and groups stay
 as they are sharded, and a sum over devices is one all-reduce (README.md, "Many devices").
@@ -41,7 +47,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jadder.implementations import Implementation, select
-from jadder.kernels import linear
+from jadder.kernels import limits, linear
 from jadder.kernels.interface import Kernels
 from jadder.kernels.spec import ConvSpec
 from jadder.kernels.varying import vary_alike
@@ -460,6 +466,7 @@ def euclid_conv(
 class _Product:
     """One adder product, complete but for its operands: canonical matmuls if spec is None."""
 
+    name: str
     spec: ConvSpec | None
     rule: GradientRule
     kernels: Kernels
@@ -482,10 +489,12 @@ class _Product:
             raise TypeError(f"{name}: rule must be a GradientRule, got {rule!r}")
         accumulator, result = _dtypes(name, lhs.dtype, preferred_element_type, integers=True)
         kernels = select(name, implementation, lhs.dtype, spec, accumulator)
-        return cls(spec, rule, kernels, _precision(precision), accumulator, result)
+        return cls(name, spec, rule, kernels, _precision(precision), accumulator, result)
 
     def __call__(self, x: Array, w: Array) -> Array:
         if jnp.issubdtype(x.dtype, jnp.integer):
+            if refusal := limits.overflow(x.dtype, terms=math.prod(w.shape[bool(self.spec is None) : -1])):
+                raise ValueError(f"{self.name}: {refusal}")
             return self.forward(x, w)
         return _differentiable(self, *vary_alike(x, w))
 
@@ -493,11 +502,12 @@ class _Product:
     @functools.partial(jax.jit, static_argnums=0)
     def forward(self, x: Array, w: Array) -> Array:
         shape = self._out_shape(x, w)
-        if 0 in shape or 0 in w.shape or 0 in x.shape:
+        if 0 in shape or 0 in w.shape:
             return jnp.zeros(shape, self.result)
         if self.spec is None:
             return self.kernels.matmul(x, w, out_dtype=self.accumulator).astype(self.result)
-        return self.kernels.conv(x, w, self.spec, out_dtype=self.accumulator).astype(self.result)
+        x, spec = _with_pixels(x, self.spec)
+        return self.kernels.conv(x, w, spec, out_dtype=self.accumulator).astype(self.result)
 
     @functools.partial(jax.jit, static_argnums=0)
     def dx(self, x: Array, w: Array, g: Array) -> Array:
@@ -508,17 +518,31 @@ class _Product:
         return self._gradient("dw", x, w, g, self.rule.kernel).astype(w.dtype)
 
     def _gradient(self, which: str, x: Array, w: Array, g: Array, clip: Any) -> Array:
-        if 0 in g.shape or 0 in w.shape or 0 in x.shape:
-            return jnp.zeros_like(x if which == "dx" else w)
+        like = x if which == "dx" else w
+        if 0 in g.shape or 0 in w.shape or 0 in like.shape:
+            return jnp.zeros_like(like)
         options: dict[str, Any] = {"out_dtype": self.accumulator, "precision": self.precision}
         if self.spec is None:
             return getattr(self.kernels, f"matmul_{which}")(x, w, g, clip, **options)
-        return getattr(self.kernels, f"conv_{which}")(x, w, g, self.spec, clip, **options)
+        x, spec = _with_pixels(x, self.spec)
+        return getattr(self.kernels, f"conv_{which}")(x, w, g, spec, clip, **options)
 
     def _out_shape(self, x: Array, w: Array) -> tuple[int, ...]:
         if self.spec is None:
             return (*x.shape[:2], w.shape[2])
         return (x.shape[0], *self.spec.out_spatial(x.shape[1:-1], w.shape[:-2]), w.shape[-1])
+
+
+def _with_pixels(x: Array, spec: ConvSpec) -> tuple[Array, ConvSpec]:
+    """An image without pixels as one of zeros with as much less padding: its padding takes part."""
+    for axis, size in enumerate(x.shape[1:-1], start=1):
+        if size == 0:
+            x = jnp.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
+            padding = list(spec.padding)
+            low, high = padding[axis - 1]
+            padding[axis - 1] = low, high - 1
+            spec = dataclasses.replace(spec, padding=tuple(padding))
+    return x, spec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -609,8 +633,16 @@ class _Convolution:
             "rhs_dilation": rhs_dilation,
         }
         for argument, values in factors.items():
-            if values is not None and any(value < 1 for value in values):
-                raise ValueError(f"{name}: {argument} must be positive, got {tuple(values)}")
+            if values is not None and not all(1 <= value <= limits.FACTOR for value in values):
+                raise ValueError(
+                    f"{name}: {argument} must be positive and at most {limits.FACTOR}, "
+                    f"got {tuple(values)}"
+                )
+        sides = () if isinstance(padding, str) else [side for pair in padding for side in pair]
+        if not all(abs(side) <= limits.FACTOR for side in sides):
+            raise ValueError(
+                f"{name}: padding must be at most {limits.FACTOR} on each side, got {padding}"
+            )
         _check_with(multiply, name, lhs, rhs)
         rank = lhs.ndim - 2
         layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
@@ -627,6 +659,22 @@ class _Convolution:
             tuple(int(d) for d in rhs_dilation),
             feature_group_count * batch_group_count,
         )
+        out = spec.out_spatial(spatial, window)
+        for size, dilation in (
+            *zip(spatial, spec.lhs_dilation, strict=True),
+            *zip(window, spec.rhs_dilation, strict=True),
+        ):
+            if size * dilation > limits.POSITION:
+                raise ValueError(
+                    f"{name}(lhs {list(lhs.shape)}, rhs {list(rhs.shape)}): {size} values with a "
+                    f"dilation of {dilation} are too many"
+                )
+        elements = math.prod(out) * lhs.shape[layout.lhs_spec[0]] * rhs.shape[layout.rhs_spec[0]]
+        if elements > limits.POSITION:
+            raise ValueError(
+                f"{name}(lhs {list(lhs.shape)}, rhs {list(rhs.shape)}): the result's spatial shape "
+                f"{out} is too large"
+            )
         return cls(spec, layout, batch_group_count)
 
     def apply(self, product: Callable[[Array, Array], Array], lhs: Array, rhs: Array) -> Array:
