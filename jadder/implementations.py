@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jadder.kernels import cpu, reference, xla
-from jadder.kernels.by_platform import ByPlatform
+from jadder.kernels.by_platform import ByPlatform, Refused
 from jadder.kernels.differentiable import Differentiable, XlaLoops
 from jadder.kernels.interface import Kernels
 from jadder.kernels.partitioned import Partitioned
@@ -24,16 +24,30 @@ def _on_many_devices(kernels: Kernels) -> Kernels:
     return Differentiable(Partitioned(kernels), by=Partitioned(XlaLoops()))
 
 
+def _only_on(
+    platform: str, name: str, kernels: Kernels, unavailable: Callable[[], str | None]
+) -> Kernels:
+    reason = f"implementation={name!r} computes on {platform} only"
+    return ByPlatform(platform, kernels, default=Refused(reason, unavailable))
+
+
+def _native(name: str, kernels: cpu.CpuKernels) -> Kernels:
+    return _on_many_devices(_only_on("cpu", name, kernels, cpu.unavailable))
+
+
 _KERNELS: Mapping[str, Kernels] = MappingProxyType(
     {
         "xla": _on_many_devices(xla),
-        "cpu": _on_many_devices(cpu.CpuKernels()),
-        "cpu_fast": _on_many_devices(cpu.CpuKernels(fast=True)),
+        "cpu": _native("cpu", cpu.CpuKernels()),
+        "cpu_fast": _native("cpu_fast", cpu.CpuKernels(fast=True)),
         "reference": reference,
     }
 )
-_MOSAIC = {"mosaic_gpu": "MosaicGpuKernels", "mosaic_tpu": "MosaicTpuKernels"}
-_BEST = _on_many_devices(ByPlatform(cpu=cpu.CpuKernels(), default=xla))
+_MOSAIC = {
+    "mosaic_gpu": ("cuda", "MosaicGpuKernels"),
+    "mosaic_tpu": ("tpu", "MosaicTpuKernels"),
+}
+_BEST = _on_many_devices(ByPlatform("cpu", cpu.CpuKernels(), default=xla))
 
 
 class Availability(NamedTuple):
@@ -92,7 +106,10 @@ def select(
     if implementation in _MOSAIC:
         module = _mosaic(implementation)
         refusal = module.unsupported(dtype, spec, out_dtype)
-        kernels: Kernels = Differentiable(getattr(module, _MOSAIC[implementation])(), by=XlaLoops())
+        platform, name_of_kernels = _MOSAIC[implementation]
+        there = getattr(module, name_of_kernels)()
+        kernels: Kernels = _only_on(platform, implementation, there, module.unavailable)
+        kernels = Differentiable(kernels, by=XlaLoops())
     else:
         refusal = cpu.unavailable() or cpu.unsupported(dtype, spec, out_dtype)
         kernels = _BEST if implementation is None else _KERNELS[implementation]

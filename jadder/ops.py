@@ -7,8 +7,14 @@ matters to the adder product's gradients (see `jadder.rules`).
 
 All forms take float16, bfloat16, float32 and, where enabled, float64, accumulate in at least
 float32, and work under ``jit``, ``grad``, ``vmap``, ``remat``, ``scan`` and ``shard_map``. The
-adder forms also take integers with ``preferred_element_type=jnp.int32``. Forward-mode
-differentiation (``jvp``, ``jacfwd``) of the adder forms raises, as for every ``jax.custom_vjp``.
+adder forms also take integers with ``preferred_element_type=jnp.int32``: exact, and refused where
+sums of so many 8- or 16-bit differences need not fit. Differences and sums of wider integers must
+fit for themselves.
+
+The first derivative of an adder form follows its rule. A second one, of any implementation, is the
+first one's own derivative: with ``x`` and ``g`` what the rule was given, that of ψ_x(w - x) g, and of
+the product as -Σ|x - w|. Forward-mode differentiation (``jvp``, ``jacfwd``) of an adder form raises,
+as for every ``jax.custom_vjp``; of its gradient, as in ``jax.hessian``, it works.
 
 Of sharded arrays each device computes with its blocks: batch, features, contraction and groups stay
 as they are sharded, and a sum over devices is one all-reduce (README.md, "Many devices").
@@ -41,7 +47,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jadder.implementations import Implementation, select
-from jadder.kernels import linear, masked
+from jadder.kernels import limits, linear, masked
 from jadder.kernels.interface import Kernels
 from jadder.kernels.spec import ConvSpec
 from jadder.kernels.varying import vary_alike
@@ -469,6 +475,7 @@ def euclid_conv(
 class _Product:
     """One adder product, complete but for its operands: canonical matmuls if spec is None."""
 
+    name: str
     spec: ConvSpec | None
     rule: GradientRule
     kernels: Kernels
@@ -490,10 +497,13 @@ class _Product:
         check_rule(name, rule)
         accumulator, result = _dtypes(name, lhs.dtype, preferred_element_type, integers=True)
         kernels = select(name, implementation, lhs.dtype, spec, accumulator)
-        return cls(spec, rule, kernels, _precision(precision), accumulator, result)
+        return cls(name, spec, rule, kernels, _precision(precision), accumulator, result)
 
     def __call__(self, x: Array, w: Array, seen: Array | None = None) -> Array:
         if jnp.issubdtype(x.dtype, jnp.integer):
+            terms = math.prod(w.shape[1 if self.spec is None else 0 : -1])
+            if refusal := limits.overflow(x.dtype, terms=terms):
+                raise ValueError(f"{self.name}: {refusal}")
             return self.forward(x, w, seen)
         if seen is None:
             return _differentiable(self, *vary_alike(x, w), None)
@@ -503,14 +513,15 @@ class _Product:
     @functools.partial(jax.jit, static_argnums=0)
     def forward(self, x: Array, w: Array, seen: Array | None) -> Array:
         shape = self._out_shape(x, w)
-        if 0 in shape or 0 in w.shape or 0 in x.shape:
+        if 0 in shape or 0 in w.shape:
             return jnp.zeros(shape, self.result)
         if self.spec is None:
-            y = self.kernels.matmul(x, w, out_dtype=self.accumulator)
-        elif seen is None:
-            y = self.kernels.conv(x, w, self.spec, out_dtype=self.accumulator)
+            return self.kernels.matmul(x, w, out_dtype=self.accumulator).astype(self.result)
+        x, spec = _with_pixels(x, self.spec)
+        if seen is None:
+            y = self.kernels.conv(x, w, spec, out_dtype=self.accumulator)
         else:
-            y = masked.conv(x, w, seen, self.spec, out_dtype=self.accumulator)
+            y = masked.conv(x, w, seen, spec, out_dtype=self.accumulator)
         return y.astype(self.result)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -528,15 +539,16 @@ class _Product:
 
     @functools.partial(jax.jit, static_argnums=0)
     def dw(self, x: Array, w: Array, seen: Array | None, g: Array) -> Array:
-        if 0 in g.shape or 0 in w.shape or 0 in x.shape:
+        if 0 in g.shape or 0 in w.shape:
             return jnp.zeros_like(w)
         clip, options = self.rule.kernel, self._options
         if self.spec is None:
-            dw = self.kernels.matmul_dw(x, w, g, clip, **options)
-        elif seen is None:
-            dw = self.kernels.conv_dw(x, w, g, self.spec, clip, **options)
+            return self.kernels.matmul_dw(x, w, g, clip, **options).astype(w.dtype)
+        x, spec = _with_pixels(x, self.spec)
+        if seen is None:
+            dw = self.kernels.conv_dw(x, w, g, spec, clip, **options)
         else:
-            dw = masked.conv_dw(self.kernels, x, w, seen, g, self.spec, clip, **options)
+            dw = masked.conv_dw(self.kernels, x, w, seen, g, spec, clip, **options)
         return dw.astype(w.dtype)
 
     @property
@@ -550,6 +562,18 @@ class _Product:
 
 
 _Residuals = tuple[Array, Array, Array | None]
+
+
+def _with_pixels(x: Array, spec: ConvSpec) -> tuple[Array, ConvSpec]:
+    """An image without pixels as one of zeros with as much less padding: its padding takes part."""
+    for axis, size in enumerate(x.shape[1:-1], start=1):
+        if size == 0:
+            x = jnp.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
+            padding = list(spec.padding)
+            low, high = padding[axis - 1]
+            padding[axis - 1] = low, high - 1
+            spec = dataclasses.replace(spec, padding=tuple(padding))
+    return x, spec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -645,8 +669,16 @@ class _Convolution:
             "rhs_dilation": rhs_dilation,
         }
         for argument, values in factors.items():
-            if values is not None and any(value < 1 for value in values):
-                raise ValueError(f"{name}: {argument} must be positive, got {tuple(values)}")
+            if values is not None and not all(1 <= value <= limits.FACTOR for value in values):
+                raise ValueError(
+                    f"{name}: {argument} must be positive and at most {limits.FACTOR}, "
+                    f"got {tuple(values)}"
+                )
+        sides = () if isinstance(padding, str) else [side for pair in padding for side in pair]
+        if not all(abs(side) <= limits.FACTOR for side in sides):
+            raise ValueError(
+                f"{name}: padding must be at most {limits.FACTOR} on each side, got {padding}"
+            )
         _check_with(multiply, name, lhs, rhs)
         rank = lhs.ndim - 2
         layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
@@ -663,6 +695,22 @@ class _Convolution:
             tuple(int(d) for d in rhs_dilation),
             feature_group_count * batch_group_count,
         )
+        out = spec.out_spatial(spatial, window)
+        for size, dilation in (
+            *zip(spatial, spec.lhs_dilation, strict=True),
+            *zip(window, spec.rhs_dilation, strict=True),
+        ):
+            if size * dilation > limits.POSITION:
+                raise ValueError(
+                    f"{name}(lhs {list(lhs.shape)}, rhs {list(rhs.shape)}): {size} values with a "
+                    f"dilation of {dilation} are too many"
+                )
+        elements = math.prod(out) * lhs.shape[layout.lhs_spec[0]] * rhs.shape[layout.rhs_spec[0]]
+        if elements > limits.POSITION:
+            raise ValueError(
+                f"{name}(lhs {list(lhs.shape)}, rhs {list(rhs.shape)}): the result's spatial shape "
+                f"{out} is too large"
+            )
         return cls(spec, layout, batch_group_count)
 
     def apply(

@@ -1,4 +1,4 @@
-"""What kernels of few types and dimensions cannot take."""
+"""What the products cannot take: sizes that no arithmetic holds, and types of some kernels."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,27 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jadder.kernels.spec import ConvSpec
+
+FACTOR = 2**31 - 1
+"""The largest stride, dilation or padding: their products with sizes stay far from 2⁶³."""
+POSITION = 2**56
+"""The most values of an array, or of an image with its zeros."""
+
+
+def overflow(dtype: jnp.dtype, terms: int) -> str | None:
+    """Why an int32 need not hold the sum of so many differences; None if it does.
+
+    Differences of 32 bits and more are not judged: only their values say whether they fit.
+
+    Example:
+      >>> overflow(jnp.dtype("uint8"), 8_421_505)
+      'an int32 holds the sum of 8421504 differences of uint8, not of 8421505'
+    """
+    width = jnp.iinfo(dtype)
+    most = int(jnp.iinfo(jnp.int32).max) // (int(width.max) - int(width.min))
+    if width.bits >= 32 or terms <= most:
+        return None
+    return f"an int32 holds the sum of {most} differences of {dtype}, not of {terms}"
 
 
 def unsupported(

@@ -87,7 +87,8 @@ def euclid_conv(
     x, w = x.astype(out_dtype), w.astype(out_dtype)
     groups = spec.feature_group_count
     product = conv_product(x, w, spec, precision)
-    squares = jnp.sum((x * x).reshape(*x.shape[:-1], groups, -1), axis=-1)
+    by_group = (*x.shape[:-1], groups, x.shape[-1] // groups)
+    squares = jnp.sum((x * x).reshape(by_group), axis=-1)
     ones = jnp.ones((*w.shape[:-2], 1, groups), out_dtype)
     x_sum = jnp.repeat(conv_product(squares, ones, spec, precision), w.shape[-1] // groups, -1)
     w_sum = jnp.sum(w * w, axis=range(w.ndim - 1)).reshape((1,) * (x.ndim - 1) + (-1,))

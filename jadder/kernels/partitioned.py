@@ -39,6 +39,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from jadder.kernels import reference, xla
+from jadder.kernels.by_platform import ByPlatform
 from jadder.kernels.interface import ByName, Kernels
 from jadder.kernels.layout import (
     Dimensions,
@@ -92,6 +93,12 @@ class Product:
 
     def _unmapped(self, *operands: Array) -> Array:
         return getattr(self.kernels, self.function)(*operands, **dict(self.options))
+
+    def on(self, platform: str) -> "Product":
+        """The same for one platform."""
+        if not isinstance(self.kernels, ByPlatform):
+            return self
+        return dataclasses.replace(self, kernels=self.kernels.on(platform))
 
     def of_groups(self, parts: int) -> "Product":
         """The product of operands that have one of ``parts`` of a convolution's groups."""
@@ -173,6 +180,8 @@ def _differentiate(
 
 def _lower(context: mlir.LoweringRuleContext, *operands: Any, product: Product) -> Any:
     types, module = cast(Sequence[ShapedArray], context.avals_in), context.module_context
+    if len(module.platforms) == 1:
+        product = product.on(module.platforms[0])
     compute: Callable[..., Array] = functools.partial(_compute, product)
     if lowered_literally.value:
         compute = product.literal()
