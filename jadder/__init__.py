@@ -8,7 +8,7 @@ those that most programs need.
 from jadder import annealing, integer, models, nn, ops, optim, rules
 from jadder.annealing import set_l1_share
 from jadder.implementations import implementations
-from jadder.integer import IntegerProgram, quantize
+from jadder.integer import IntegerProgram, export_c, quantize
 from jadder.nn import (
     AdderAttention,
     AdderConv,
@@ -69,6 +69,7 @@ __all__ = [
     "euclid_dot_general",
     "euclid_einsum",
     "euclid_matmul",
+    "export_c",
     "implementations",
     "integer",
     "models",

@@ -1,5 +1,6 @@
 """Networks of integers: a trained adder network in bytes."""
 
+from jadder.integer.c import export_c
 from jadder.integer.grid import Grid
 from jadder.integer.hexadecimal import export_hex
 from jadder.integer.hybrid import HybridProgram
@@ -28,6 +29,7 @@ __all__ = [
     "Reshape",
     "Residual",
     "SumPool",
+    "export_c",
     "export_hex",
     "quantize",
 ]
