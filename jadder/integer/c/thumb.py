@@ -410,14 +410,14 @@ def widen(name: str, *, aligned: bool) -> tuple[str, int]:
     if aligned:
         code("ldm.w r0!, {r3, r5, r7, r9}")
         for i in (3, 5, 7, 9):
-            code(f"uxtb16.w r{i + 1}, r{i}, ror #8")
-            code(f"uxtb16.w r{i}, r{i}")
+            code(f"uxtb16 r{i + 1}, r{i}, ror #8")
+            code(f"uxtb16 r{i}, r{i}")
         code("stm.w r1!, {r3-r10}")
     else:
         for _ in range(4):
             code("ldr.w r3, [r0], #4")
-            code("uxtb16.w r4, r3, ror #8")
-            code("uxtb16.w r3, r3")
+            code("uxtb16 r4, r3, ror #8")
+            code("uxtb16 r3, r3")
             code("pkhbt r5, r3, r4, lsl #16")
             code("pkhtb r6, r4, r3, asr #16")
             code("strd r5, r6, [r1], #8")
