@@ -73,7 +73,7 @@ void *memcpy(void *restrict to, const void *restrict from, size_t size) {
 }
 """
 
-_CODE, _DATA = 0x0010_0000, 0x2000_0000
+_CODE, _DATA = 0x0100_0000, 0x2000_0000
 _STACK, _STACK_SIZE = 0x3000_0000, 0x1_0000
 _RETURN = 0x7000_0000
 
