@@ -60,14 +60,11 @@ void *memset(void *to, int value, size_t size) {
   while (size--) *byte++ = (uint8_t)value;
   return to;
 }
+typedef struct { uint32_t word; } __attribute__((packed, may_alias)) Word; /* at any address */
 void *memcpy(void *restrict to, const void *restrict from, size_t size) {
   uint8_t *a = to;
   const uint8_t *b = from;
-  if (!(((uintptr_t)a | (uintptr_t)b) & 3)) {
-    for (; size >= 4; size -= 4, a += 4, b += 4) {
-      *(uint32_t *)(void *)a = *(const uint32_t *)(const void *)b;
-    }
-  }
+  for (; size >= 4; size -= 4, a += 4, b += 4) ((Word *)(void *)a)->word = ((const Word *)(const void *)b)->word;
   while (size--) *a++ = *b++;
   return to;
 }
@@ -93,13 +90,15 @@ def build(folder: Path, name: str, machine: Machine, into: Path, extra: Sequence
     runtime = into / "runtime.c"
     runtime.write_text(_RUNTIME)
     marks = into / "marks.c"
-    marks.write_text(f"void {name}_mark(int i) {{ __asm__ volatile(\"\" :: \"r\"(i)); }}\n")
+    marks.write_text(f'void {name}_mark(int i) {{ __asm__ volatile("" :: "r"(i)); }}\n')
     (into / "string.h").write_text(_STRING_H)
     objects = []
     for source in [*sorted(folder.glob(f"{name}*.[cs]")), runtime, marks]:
         objects.append(into / f"{source.stem}.o")
         own = ["-fno-builtin"] if source in (runtime, marks) else list(extra)
-        _zig("cc", *machine.flags, *_FREESTANDING, *own, "-I", into, "-c", source, "-o", objects[-1])
+        _zig(
+            "cc", *machine.flags, *_FREESTANDING, *own, "-I", into, "-c", source, "-o", objects[-1]
+        )
     linked = into / f"{name}.elf"
     _zig("ld.lld", "--entry=0", f"-Ttext={_CODE:#x}", "-o", linked, "--gc-sections", "-u",
          f"{name}_run", "-u", f"{name}_mark", *objects)  # fmt: skip
@@ -160,7 +159,9 @@ class Emulator:
         with elf.open("rb") as file:
             linked = ELFFile(file)
             self._load(linked)
-            symbols = {s.name: s["st_value"] for s in linked.get_section_by_name(".symtab").iter_symbols()}
+            symbols = {
+                s.name: s["st_value"] for s in linked.get_section_by_name(".symtab").iter_symbols()
+            }
         self._entry = symbols[f"{name}_run"]
         self._mark = symbols[f"{name}_mark"] & ~1
         self._uc.mem_map(_STACK, _STACK_SIZE)

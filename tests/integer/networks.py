@@ -29,7 +29,9 @@ def resnet(
         for block in range(blocks):
             features, strides = 16 << stage, 2 if stage and not block else 1
             y = build.convolution(x, product, features, 3, strides)
-            added = x if strides == 1 else build.convolution(x, product, features, 1, strides, low=0)
+            added = (
+                x if strides == 1 else build.convolution(x, product, features, 1, strides, low=0)
+            )
             x = build.convolution(y, product, features, 3, 1, residual=added)
     pooled = build.mean(x)
     build.convolution(pooled, "multiply", 10, 1, 1, last=True)

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Literal
 
-import numpy as np
-
 from jadder.integer.c import thumb
 from jadder.integer.c.targets import Target
 from jadder.integer.program import (
@@ -90,7 +88,7 @@ def _epilogue(program: IntegerProgram, operation: Convolution) -> thumb.Epilogue
         if residual == "signed" and not INT32.min <= factor <= INT32.max:
             left_shift = each.residuals[0].left_shift
     starts = offset_starts(operation, program.values[operation.input])
-    narrow = -(1 << 15) <= low and high < 1 << 15
+    narrow = low >= -(1 << 15) and high < 1 << 15
     return thumb.Epilogue(
         starts is not None, starts is not None and narrow, each.shift, each.low, each.high,
         residual, left_shift,
@@ -166,9 +164,9 @@ def pitches(program: IntegerProgram, choices: list[Choice]) -> list[int]:
     return found
 
 
-def needs_fill(program: IntegerProgram, choices: list[Choice], pitches: list[int], value: int) -> bool:
+def needs_fill(
+    program: IntegerProgram, choices: list[Choice], pitches: list[int], value: int
+) -> bool:
     """Whether a value has bytes between its pixels that nobody writes."""
     channels = program.values[value].shape[2]
     return pitches[value] != channels and (value == 0 or not choices[value - 1].whole)
-
-

@@ -207,25 +207,21 @@ class _Emitter:
             return
         base = f"bytes + {self.plan.offsets[value]}"
         zeros = zero_bytes(activation)
+        before = layout.at(0, 0)
+        between = (layout.left + layout.right) * layout.pitch
+        after = layout.right * layout.pitch + layout.bottom * layout.row
+        parts = f"{layout.shape[0]}, {layout.row}, {before}, {between}, {after}"
+        if fill:  # all of it, as if it were in front of the first row
+            parts = f"1, {layout.row}, {layout.size}, {layout.row}, 0"
         if len(set(zeros)) > 1:
             self.sources.add("border_of_channels.c")
             pattern = list(zeros) + [zeros[0]] * (layout.pitch - len(zeros))
             self._table("uint8_t", f"zero_points_{value}", np.array(pattern))
-            self.statements.append(
-                f"  fill_channels({base}, zero_points_{value}, {layout.pitch}, "
-                f"{layout.size // layout.pitch});"
-            )
-        elif fill:
-            self.statements.append(f"  memset({base}, {zeros[0]}, {layout.size});")
+            fields = f"{base}, zero_points_{value}, {layout.pitch}, {parts}"
+            self.statements.append(f"  border_of_channels({fields});")
         else:
             self.sources.add("border.c")
-            before = layout.at(0, 0)
-            between = (layout.left + layout.right) * layout.pitch
-            after = layout.right * layout.pitch + layout.bottom * layout.row
-            self.statements.append(
-                f"  border({base}, {zeros[0]}, {layout.shape[0]}, {layout.row}, "
-                f"{before}, {between}, {after});"
-            )
+            self.statements.append(f"  border({base}, {zeros[0]}, {parts});")
 
     # -- Tables ------------------------------------------------------------------------------------
 

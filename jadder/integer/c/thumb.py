@@ -121,12 +121,12 @@ class _Code:
     def load(self, register: str, base: str, offset: int) -> None:
         """LDR in its short form where there is one."""
         low = register in _LOW and offset % 4 == 0
-        short = low and (base in _LOW and offset <= 124 or base == "sp" and offset <= 1020)
+        short = low and ((base in _LOW and offset <= 124) or (base == "sp" and offset <= 1020))
         self(f"ldr{'' if short else '.w'} {register}, [{base}, #{offset}]", 2 if short else 4)
 
     def store(self, register: str, base: str, offset: int) -> None:
         low = register in _LOW and offset % 4 == 0
-        short = low and (base in _LOW and offset <= 124 or base == "sp" and offset <= 1020)
+        short = low and ((base in _LOW and offset <= 124) or (base == "sp" and offset <= 1020))
         self(f"str{'' if short else '.w'} {register}, [{base}, #{offset}]", 2 if short else 4)
 
     def add(self, register: str, value: int, scratch: str = "r12") -> None:
