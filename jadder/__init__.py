@@ -11,7 +11,7 @@ from jadder.checks import check_model
 from jadder.conversion import adderize, set_implementation
 from jadder.counting import count_operations, counted_flops
 from jadder.implementations import implementations
-from jadder.integer import IntegerProgram, export_hex, fake_quantize, quantize
+from jadder.integer import IntegerProgram, export_c, export_hex, fake_quantize, quantize
 from jadder.nn import (
     AdderAttention,
     AdderConv,
@@ -76,6 +76,7 @@ __all__ = [
     "euclid_dot_general",
     "euclid_einsum",
     "euclid_matmul",
+    "export_c",
     "export_hex",
     "fake_quantize",
     "implementations",

@@ -1,6 +1,7 @@
 """Networks of integers: a trained adder network in bytes."""
 
 from jadder.integer import native
+from jadder.integer.c import export_c
 from jadder.integer.dispatch import DISABLED_CHECKS, run
 from jadder.integer.fake import RoundedProduct, fake_quantize
 from jadder.integer.grid import Grid
@@ -33,6 +34,7 @@ __all__ = [
     "Residual",
     "RoundedProduct",
     "SumPool",
+    "export_c",
     "export_hex",
     "fake_quantize",
     "quantize",

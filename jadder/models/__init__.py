@@ -12,6 +12,7 @@ from jadder.models.resnet import (
     BasicBlock,
     Bottleneck,
     ResNet,
+    resnet8,
     resnet18,
     resnet20,
     resnet32,
@@ -41,6 +42,7 @@ __all__ = [
     "get_family",
     "load_torch_state",
     "names",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -56,6 +58,7 @@ _FOR_ONE_IMAGE_SIZE: Mapping[str, Callable[..., nnx.Module]] = {
     "vit": AdderViT,
 }
 _FOR_ANY_IMAGE_SIZE: Mapping[str, Callable[..., nnx.Module]] = {
+    "resnet8": resnet8,
     "resnet18": resnet18,
     "resnet20": resnet20,
     "resnet32": resnet32,

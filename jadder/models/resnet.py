@@ -1,4 +1,4 @@
-"""ResNets for CIFAR (He et al., 2015; 20 and 32 layers) and ImageNet (18, 34 and 50 layers).
+"""ResNets for CIFAR (He et al., 2015; 8, 20 and 32 layers) and ImageNet (18, 34 and 50 layers).
 
 The layout, down to the attributes' names, is that of the AdderNet repository: the stem and the
 classifier multiply, every other product is the family's, the 1 x 1 shortcuts included, and batch
@@ -211,6 +211,16 @@ class ResNet(nnx.Module):
         for stage in range(self.num_stages):
             x = _through(getattr(self, f"layer{stage + 1}"), x)
         return self.bn2(self.fc(x.mean((1, 2))))
+
+
+def resnet8(num_classes: int = 10, **options: Any) -> ResNet:
+    """ResNet-8, MLPerf Tiny's network for CIFAR-10 (12.5 million multiplications for an image).
+
+    Each of the three stages is one block. Like the other ResNets here, and unlike MLPerf Tiny's
+    own, it has a normalisation after its shortcuts and its classifier, and no biases.
+    ``options`` are the keyword arguments of ``ResNet``.
+    """
+    return ResNet((1, 1, 1), BasicBlock, num_classes, **options)
 
 
 def resnet20(num_classes: int = 10, **options: Any) -> ResNet:

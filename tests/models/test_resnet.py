@@ -12,6 +12,7 @@ from jadder.models import (
     BasicBlock,
     Bottleneck,
     ResNet,
+    resnet8,
     resnet18,
     resnet20,
     resnet32,
@@ -30,11 +31,12 @@ def small(**options):
     return ResNet((1, 1), options.pop("block", BasicBlock), 5, **options)
 
 
-# CIFAR: 270,896 kernel elements and 1,588 of normalisation. ImageNet: torchvision's published
+# ResNet-8: 77,360 kernel elements and 692 of normalisation. CIFAR: 270,896 kernel elements and 1,588 of normalisation. ImageNet: torchvision's published
 # 11,689,512, 21,797,672 and 25,557,032, and 2 · 1000 for the normalisation of the logits.
 @pytest.mark.parametrize(
     ("make", "parameters"),
     [
+        (resnet8, 78_052),
         (resnet20, 272_484),
         (resnet32, 466_916),
         (resnet18, 11_691_512),
@@ -49,7 +51,7 @@ def test_number_of_parameters(make, parameters):
 
 @pytest.mark.parametrize(
     ("make", "multiplying", "products"),
-    [(resnet20, 2, 22), (resnet32, 2, 34), (resnet18, 2, 21), (resnet50, 2, 54)],
+    [(resnet8, 2, 10), (resnet20, 2, 22), (resnet32, 2, 34), (resnet18, 2, 21), (resnet50, 2, 54)],
 )
 def test_all_products_but_the_ends_are_the_familys(make, multiplying, products):
     model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
@@ -78,10 +80,11 @@ def multiply_accumulates(jaxpr):
     return total
 
 
-# Millions, of one image: torchvision's model table; for ResNet-20 with 1 x 1 shortcuts by hand.
+# Millions, of one image: torchvision's model table; for ResNet-8 and ResNet-20 with 1 x 1 shortcuts by hand.
 @pytest.mark.parametrize(
     ("make", "side", "millions"),
     [
+        (resnet8, 32, 12.50),
         (resnet20, 32, 40.81),
         (resnet18, 224, 1814.07),
         (resnet34, 224, 3663.76),

@@ -1,0 +1,242 @@
+"""Exported networks in an emulator: built with pip's ziglang, run and counted with unicorn.
+
+Counts are of instructions, all of them, from the call of the network's function to its return.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PACKAGES = ("ziglang", "unicorn", "capstone", "elftools")
+"""Modules of the extra "edge"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A processor that unicorn emulates.
+
+    Attributes:
+      flags: for Clang.
+      kind: 'thumb' or 'arm64'.
+    """
+
+    flags: tuple[str, ...]
+    kind: str
+
+
+MACHINES: Mapping[str, Machine] = {
+    "cortex-m4": Machine(("-target", "thumb-freestanding-eabi", "-mcpu=cortex_m4"), "thumb"),
+    "cortex-m7": Machine(("-target", "thumb-freestanding-eabi", "-mcpu=cortex_m7"), "thumb"),
+    "cortex-m0": Machine(("-target", "thumb-freestanding-eabi", "-mcpu=cortex_m0"), "thumb"),
+    "aarch64": Machine(("-target", "aarch64-freestanding", "-mcpu=cortex_a53"), "arm64"),
+}
+
+_FREESTANDING = (
+    "-O2", "-std=c99", "-ffreestanding", "-fomit-frame-pointer", "-fno-sanitize=all",
+    "-fno-unwind-tables", "-fno-asynchronous-unwind-tables", "-fno-stack-protector",
+)  # fmt: skip
+
+# What the code needs of a C library.
+_STRING_H = """
+#include <stddef.h>
+void *memset(void *, int, size_t);
+void *memcpy(void *restrict, const void *restrict, size_t);
+"""
+_RUNTIME = """
+#include <stddef.h>
+#include <stdint.h>
+void *memset(void *to, int value, size_t size) {
+  uint8_t *byte = to;
+  uint32_t word = (uint8_t)value * UINT32_C(0x01010101);
+  while (size && (uintptr_t)byte & 3) { *byte++ = (uint8_t)value; --size; }
+  for (; size >= 4; size -= 4, byte += 4) *(uint32_t *)(void *)byte = word;
+  while (size--) *byte++ = (uint8_t)value;
+  return to;
+}
+typedef struct { uint32_t word; } __attribute__((packed, may_alias)) Word; /* at any address */
+void *memcpy(void *restrict to, const void *restrict from, size_t size) {
+  uint8_t *a = to;
+  const uint8_t *b = from;
+  for (; size >= 4; size -= 4, a += 4, b += 4) ((Word *)(void *)a)->word = ((const Word *)(const void *)b)->word;
+  while (size--) *a++ = *b++;
+  return to;
+}
+"""
+
+_CODE, _DATA = 0x0100_0000, 0x2000_0000
+_STACK, _STACK_SIZE = 0x3000_0000, 0x1_0000
+_RETURN = 0x7000_0000
+
+
+def missing() -> list[str]:
+    """The modules of the extra "edge" that are not installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def build(folder: Path, name: str, machine: Machine, into: Path, extra: Sequence[str] = ()) -> Path:
+    """Compiles and links an exported network; ``into`` is a folder for what comes out.
+
+    Raises:
+      RuntimeError: with what the compiler said.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    runtime = into / "runtime.c"
+    runtime.write_text(_RUNTIME)
+    marks = into / "marks.c"
+    marks.write_text(f'void {name}_mark(int i) {{ __asm__ volatile("" :: "r"(i)); }}\n')
+    (into / "string.h").write_text(_STRING_H)
+    objects = []
+    for source in [*sorted(folder.glob(f"{name}*.[cs]")), runtime, marks]:
+        objects.append(into / f"{source.stem}.o")
+        own = ["-fno-builtin"] if source in (runtime, marks) else list(extra)
+        _zig(
+            "cc", *machine.flags, *_FREESTANDING, *own, "-I", into, "-c", source, "-o", objects[-1]
+        )
+    linked = into / f"{name}.elf"
+    _zig("ld.lld", "--entry=0", f"-Ttext={_CODE:#x}", "-o", linked, "--gc-sections", "-u",
+         f"{name}_run", "-u", f"{name}_mark", *objects)  # fmt: skip
+    return linked
+
+
+def marked(name: str) -> list[str]:
+    """Flags with which a network calls a function after each operation, which the emulator sees."""
+    return [f"-D{name.upper()}_AFTER(i)=do{{void {name}_mark(int);{name}_mark(i);}}while(0)"]
+
+
+def _zig(*arguments: Any) -> None:
+    command = [sys.executable, "-m", "ziglang", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+@dataclasses.dataclass
+class Sizes:
+    """Bytes of a linked network.
+
+    Attributes:
+      code: instructions, C and assembly.
+      constants: read-only data.
+    """
+
+    code: int
+    constants: int
+
+
+class Emulator:
+    """One network in memory.
+
+    Args:
+      elf: what ``build`` made.
+      name: of the network.
+      machine: as for ``build``.
+      arena_bytes: of its activations.
+      output_size: of its output.
+    """
+
+    def __init__(
+        self, elf: Path, name: str, machine: Machine, arena_bytes: int, output_size: int
+    ) -> None:
+        import unicorn
+        from elftools.elf.elffile import ELFFile
+
+        self._thumb = machine.kind == "thumb"
+        if self._thumb:
+            mode = unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS
+            self._uc = unicorn.Uc(unicorn.UC_ARCH_ARM, mode)
+            self._uc.ctl_set_cpu_model(unicorn.arm_const.UC_CPU_ARM_CORTEX_M4)
+        else:
+            self._uc = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
+        self.arena_bytes, self.output_size = arena_bytes, output_size
+        self.sizes = Sizes(0, 0)
+        with elf.open("rb") as file:
+            linked = ELFFile(file)
+            self._load(linked)
+            symbols = {
+                s.name: s["st_value"] for s in linked.get_section_by_name(".symtab").iter_symbols()
+            }
+        self._entry = symbols[f"{name}_run"]
+        self._mark = symbols[f"{name}_mark"] & ~1
+        self._uc.mem_map(_STACK, _STACK_SIZE)
+        self._uc.mem_map(_RETURN, 0x1000)
+        self._uc.mem_map(_DATA, 0x0100_0000)
+        self._lengths: dict[tuple[int, int], int] = {}
+        self._count = 0
+        self.marks: list[int] = []
+        """Instructions counted when each operation had ended."""
+        self._disassembler = _disassembler(machine)
+        self._uc.hook_add(unicorn.UC_HOOK_BLOCK, self._block)
+
+    def _load(self, linked: Any) -> None:
+        for section in linked.iter_sections():
+            if section["sh_flags"] & 2 and section["sh_type"] == "SHT_PROGBITS":
+                executable = bool(section["sh_flags"] & 4)
+                if executable:
+                    self.sizes.code += section["sh_size"]
+                elif ".ARM.ex" not in section.name:
+                    self.sizes.constants += section["sh_size"]
+        for segment in linked.iter_segments("PT_LOAD"):
+            start = segment["p_vaddr"] & ~0xFFF
+            end = -(-(segment["p_vaddr"] + segment["p_memsz"]) // 0x1000) * 0x1000
+            for page in range(start, end, 0x1000):
+                with contextlib.suppress(Exception):  # two segments may share a page
+                    self._uc.mem_map(page, 0x1000)
+            self._uc.mem_write(segment["p_vaddr"], segment.data())
+
+    def _block(self, uc: Any, address: int, size: int, _: Any) -> None:
+        key = (address, size)
+        if key not in self._lengths:
+            code = bytes(uc.mem_read(address, size))
+            lengths = self._disassembler.disasm_lite(code, address)
+            self._lengths[key] = sum(1 for _ in lengths)
+        if address == self._mark:
+            self.marks.append(self._count)
+        self._count += self._lengths[key]
+
+    def run(self, image: Any) -> tuple[Any, int]:
+        """The int32 output of one image, and the number of instructions."""
+        image = np.ascontiguousarray(image, np.uint8)
+        out_at, image_at = _DATA + 0x40_0000, _DATA + 0x80_0000
+        self._uc.mem_write(image_at, image.tobytes())
+        # What memory holds before must not matter.
+        self._uc.mem_write(_DATA, b"\xa5" * (self.arena_bytes + 64))
+        self._count = 0
+        self.marks.clear()
+        self._call([image_at, out_at, _DATA])
+        guard = bytes(self._uc.mem_read(_DATA + self.arena_bytes, 64))
+        if guard != b"\xa5" * 64:
+            raise RuntimeError("the network wrote behind its arena")
+        output = bytes(self._uc.mem_read(out_at, 4 * self.output_size))
+        return np.frombuffer(output, np.int32), self._count
+
+    def _call(self, arguments: Sequence[int]) -> None:
+        from unicorn import arm64_const, arm_const
+
+        top = _STACK + _STACK_SIZE - 64
+        if self._thumb:
+            registers = [arm_const.UC_ARM_REG_R0 + i for i in range(len(arguments))]
+            link, stack = arm_const.UC_ARM_REG_LR, arm_const.UC_ARM_REG_SP
+        else:
+            registers = [arm64_const.UC_ARM64_REG_X0 + i for i in range(len(arguments))]
+            link, stack = arm64_const.UC_ARM64_REG_X30, arm64_const.UC_ARM64_REG_SP
+        for register, value in zip(registers, arguments, strict=True):
+            self._uc.reg_write(register, value)
+        self._uc.reg_write(stack, top)
+        self._uc.reg_write(link, _RETURN | 1 if self._thumb else _RETURN)
+        self._uc.emu_start(self._entry | 1 if self._thumb else self._entry, _RETURN)
+
+
+def _disassembler(machine: Machine) -> Any:
+    import capstone
+
+    if machine.kind == "thumb":
+        mode = capstone.CS_MODE_THUMB | capstone.CS_MODE_MCLASS
+        return capstone.Cs(capstone.CS_ARCH_ARM, mode)
+    return capstone.Cs(capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM)

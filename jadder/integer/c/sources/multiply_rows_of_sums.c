@@ -1,0 +1,14 @@
+/* All rows of a multiplying layer whose results C makes of its sums. */
+static void multiply_rows_of_sums(Row *one, const Rows *rows, const Wide *wide, const uint8_t *x,
+                                  int16_t *scratch, const uint32_t *weights, int32_t *sums,
+                                  int32_t width, const Requantization *each,
+                                  const Residual *residuals, const Output *output) {
+  int32_t features = (each->features + 3) & ~3;
+  for (int32_t y = 0; y < rows->height; ++y, x += rows->row) {
+    widen(wide, x, scratch);
+    one(scratch, weights, sums, 0);
+    for (int32_t u = 0; u < width; ++u) {
+      finish(each, sums + u * features, residuals, y, u, width, output);
+    }
+  }
+}
