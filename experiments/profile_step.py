@@ -32,7 +32,7 @@ from experiments.studies.programs import (
 )
 from experiments.training.config import FAMILIES, IMPLEMENTATIONS
 from jadder.models import Family, get_family
-from jadder.nn import AdderKernel
+from jadder.nn import adder_mask
 
 ABOUT = """\
 Where the time of a training step goes.
@@ -147,8 +147,7 @@ def part_runs(part: Product, name: str) -> dict[str, Callable[[], Any]]:
         runs[what] = _compiled(function, *operands)
     if part.kernel is not None:
         params = {"kernel": operands[1]}
-        is_adder = issubclass(part.kernel, AdderKernel)
-        tx = make_optimizer(name, lambda tree: jax.tree.map(lambda _: is_adder, tree))
+        tx = make_optimizer(name, adder_mask({"kernel": part.kernel(operands[1])}))
         step = functools.partial(update, tx)
         runs["update"] = _compiled(step, params, params, tx.init(params))
     return runs

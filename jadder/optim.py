@@ -29,6 +29,7 @@ transformation is initialised (`jadder.masks` decides it for all of them):
   ``static_args=("mask", "stack_axes")`` where these are functions, as `jadder.nn.adder_mask` is.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -231,7 +232,7 @@ def _by_kind(
                 f"gradients and {len(values)} parameters"
             )
         updated = [
-            leaf if leaf.size == 0 else _update_leaf(adder, other, leaf, mark, value)
+            leaf if jnp.size(leaf) == 0 else _update_leaf(adder, other, leaf, mark, value)
             for leaf, mark, value in zip(leaves, marks, values, strict=True)
         ]
         return jax.tree.unflatten(structure, updated), state
@@ -272,9 +273,7 @@ def _with_norm(eta: float, update: Array, axes: Axes) -> Array:
     largest = jnp.where(fits, largest, largest * 2.0**-64)
     wide = wide / jnp.where(largest > 0, largest, 1)
     norm = jnp.sqrt(jnp.sum(jnp.abs(wide) ** 2, axis=axes, keepdims=True))
-    elements = 1
-    for axis in axes:
-        elements *= update.shape[axis]
+    elements = math.prod(update.shape[axis] for axis in axes)
     return (eta * elements**0.5 / jnp.where(norm > 0, norm, 1) * wide).astype(update.dtype)
 
 
