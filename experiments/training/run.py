@@ -3,7 +3,6 @@
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from experiments.images.dataset import Dataset, Images, Labels
 from experiments.images.streamed import StreamedImages
 from experiments.training import annealing, devices, optimizer, steps
 from experiments.training.checkpoint import Checkpoints, check_fingerprint, checksum, describe
+from experiments.training.clock import Clock
 from experiments.training.config import TrainConfig
 from experiments.training.curves import draw
 from experiments.training.folder import Result, read_fingerprint, read_result
@@ -177,7 +177,7 @@ class Run:
     def _rows(self, progress: dict[str, Any]) -> list[Row]:
         """The rows of a checkpoint; earlier versions kept them in metrics.jsonl alone."""
         path, epochs = self.folder / "metrics.jsonl", progress["epochs"]
-        rows = progress.get("rows", read_rows(path)[:epochs])
+        rows = progress["rows"] if "rows" in progress else read_rows(path)[:epochs]
         if not are_complete(rows, steps_per_epoch=self.steps_per_epoch) or len(rows) != epochs:
             raise UserError(
                 f"{path} does not hold the rows of the {epochs} epochs that the checkpoint has "
@@ -234,7 +234,7 @@ class Run:
         self, checkpoints: Checkpoints, metrics: MetricsFile, stop: StopRequest, before: float
     ) -> None:
         config, dataset, rows = self.config, self.dataset, list(metrics.rows)
-        clock, votes = _Clock(before), Votes()
+        clock, votes = Clock(before), Votes()
         step = int(self.state["step"])
         total, done = config.epochs * self.images_per_epoch, step * config.batch_size
 
@@ -406,48 +406,3 @@ def describe_row(name: str, epochs: int, row: Row) -> str:
         f"test loss {row['test_loss']:.3f}, test accuracy {row['test_accuracy']:.2%}, "
         f"{row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
     )
-
-
-class _Clock:
-    """When to look at the device and when to save; how long a run has taken.
-
-    Looking at a step's numbers waits for that step, so it happens about twice a second and not
-    at every step.
-    """
-
-    def __init__(self, before: float):
-        self._start = time.monotonic() - before
-        self._saved = self._epoch = self._fetched = self._drawn = time.monotonic()
-        self._every, self._since = 1, 0
-
-    def seconds(self) -> float:
-        """Seconds spent on the run, those of the saved part of earlier processes included."""
-        return time.monotonic() - self._start
-
-    def start_epoch(self) -> None:
-        self._epoch = time.monotonic()
-
-    def epoch_seconds(self) -> float:
-        return time.monotonic() - self._epoch
-
-    def saved(self) -> None:
-        self._saved = time.monotonic()
-
-    def seconds_since_save(self) -> float:
-        return time.monotonic() - self._saved
-
-    def draw_due(self) -> bool:
-        """True at most every ten seconds: drawing can take longer than a small epoch."""
-        due = time.monotonic() - self._drawn > 10
-        self._drawn = time.monotonic() if due else self._drawn
-        return due
-
-    def fetch_due(self) -> bool:
-        self._since += 1
-        return self._since >= self._every
-
-    def fetched(self) -> None:
-        now = time.monotonic()
-        took = (now - self._fetched) / self._since
-        self._every = min(max(1, int(0.5 / max(took, 1e-6))), 2 * self._since)
-        self._fetched, self._since = now, 0

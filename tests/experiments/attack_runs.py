@@ -365,13 +365,14 @@ def compile_once(cache: Path) -> None:
 def warm_up(place: Path) -> None:
     """Imports and keeps what does not take a device, which a fork could not share."""
     from experiments.images.load import load
-    from experiments.training import curves, run
+    from experiments.training import curves
+    from experiments.training.clock import Clock
 
     row = dict.fromkeys(("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"), 1)
     curves.draw(place / "curves.png", "title", {"adder": [row]})
     load("digits")
     # Once each run, at its end: pictures are not what is attacked.
-    run._Clock.draw_due = lambda self: False  # type: ignore[method-assign]
+    Clock.draw_due = lambda self: False  # type: ignore[method-assign]
 
 
 def main() -> int:
