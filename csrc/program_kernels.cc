@@ -319,22 +319,24 @@ JADDER_INLINE __mmask16 First(int64_t count) {
   return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
 }
 
+// What is computed before the shift: 32 bits, or 64, of which a shift may leave no more than 32.
+enum class Width { kNarrow, kWide, kHigh };
+
 // The constants of a tile and of 16 of its columns, which stores to bytes would otherwise have the
 // compiler read again and again.
 struct Constants {
   __m128i shift;
   Vec low, high, multiplier, odd_multiplier, narrow_bias, even_bias, odd_bias;
 
-  JADDER_INLINE Constants(const RequantizeTile& tile, int64_t c)
-      : shift(_mm_cvtsi32_si128(tile.shift)), multiplier(LoadVec(tile.multiplier + c)) {
-    if (tile.narrow) {
-      low = Broadcast32(tile.low);
-      high = Broadcast32(tile.high);
+  JADDER_INLINE Constants(const RequantizeTile& tile, Width width, int64_t c)
+      : shift(_mm_cvtsi32_si128(tile.shift - (width == Width::kHigh ? 32 : 0))),
+        low(width == Width::kWide ? Broadcast64(tile.low) : Broadcast32(tile.low)),
+        high(width == Width::kWide ? Broadcast64(tile.high) : Broadcast32(tile.high)),
+        multiplier(LoadVec(tile.multiplier + c)) {
+    if (width == Width::kNarrow) {
       narrow_bias = LoadVec(tile.narrow_bias + c);
       return;
     }
-    low = Broadcast64(tile.low);
-    high = Broadcast64(tile.high);
     odd_multiplier = _mm512_srli_epi64(multiplier, 32);
     const Vec first = LoadVec(tile.bias + c), second = LoadVec(tile.bias + c + 8);
     const Vec even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
@@ -365,19 +367,22 @@ JADDER_INLINE Vec AddNarrow(Vec value, Vec q, const ResidualConstants& residual)
 }
 
 JADDER_INLINE void AddWide(Vec q, const ResidualConstants& residual, Vec& even, Vec& odd) {
-  const Vec odd_q = _mm512_srli_epi64(q, 32);
-  even = Add64(even, _mm512_sll_epi64(_mm512_mul_epi32(q, residual.multiplier),
-                                      residual.left_shift));
-  odd = Add64(odd, _mm512_sll_epi64(_mm512_mul_epi32(odd_q, residual.multiplier),
-                                    residual.left_shift));
+  q = _mm512_sll_epi32(q, residual.left_shift);  // of 30 bits at most
+  even = Add64(even, _mm512_mul_epi32(q, residual.multiplier));
+  odd = Add64(odd, _mm512_mul_epi32(_mm512_srli_epi64(q, 32), residual.multiplier));
 }
 
-JADDER_INLINE Vec Shifted(Vec value, const Constants& constants) {
+// What is left to do in 32 bits: a shift, and the bounds.
+JADDER_INLINE Vec Finish(Vec value, const Constants& constants) {
   value = _mm512_sra_epi32(value, constants.shift);
   return _mm512_min_epi32(_mm512_max_epi32(value, constants.low), constants.high);
 }
 
-JADDER_INLINE Vec Shifted(Vec even, Vec odd, const Constants& constants) {
+template <Width kWidth>
+JADDER_INLINE Vec FinishWide(Vec even, Vec odd, const Constants& constants) {
+  if (kWidth == Width::kHigh) {
+    return Finish(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd), constants);
+  }
   even = _mm512_sra_epi64(even, constants.shift);
   odd = _mm512_sra_epi64(odd, constants.shift);
   even = _mm512_min_epi64(_mm512_max_epi64(even, constants.low), constants.high);
@@ -386,18 +391,18 @@ JADDER_INLINE Vec Shifted(Vec even, Vec odd, const Constants& constants) {
 }
 
 // `kResiduals` of them, or any number where that is 2.
-template <bool kNarrow, int kResiduals>
+template <Width kWidth, int kResiduals>
 JADDER_INLINE Vec Results(const RequantizeTile& tile, const Constants& constants,
                           const ResidualConstants& residual, int r, int64_t c, __mmask16 used) {
   const Vec sum = LoadVec(tile.sums + r * tile.sums_stride + c);
-  if (kNarrow) {
+  if (kWidth == Width::kNarrow) {
     Vec value = Add32(_mm512_mullo_epi32(sum, constants.multiplier), constants.narrow_bias);
     if (kResiduals == 1) value = AddNarrow(value, ResidualBytes(tile, 0, r, c, used), residual);
     for (int64_t i = 0; kResiduals == 2 && i < tile.num_residuals; ++i) {
       value = AddNarrow(value, ResidualBytes(tile, i, r, c, used),
                         ResidualConstants(tile.residuals[i]));
     }
-    return Shifted(value, constants);
+    return Finish(value, constants);
   }
   Vec even = Add64(_mm512_mul_epi32(sum, constants.multiplier), constants.even_bias);
   Vec odd = Add64(_mm512_mul_epi32(_mm512_srli_epi64(sum, 32), constants.odd_multiplier),
@@ -406,27 +411,27 @@ JADDER_INLINE Vec Results(const RequantizeTile& tile, const Constants& constants
   for (int64_t i = 0; kResiduals == 2 && i < tile.num_residuals; ++i) {
     AddWide(ResidualBytes(tile, i, r, c, used), ResidualConstants(tile.residuals[i]), even, odd);
   }
-  return Shifted(even, odd, constants);
+  return FinishWide<kWidth>(even, odd, constants);
 }
 
-template <bool kNarrow, int kResiduals>
+template <Width kWidth, int kResiduals>
 void RequantizeRows(const RequantizeTile& tile) {
   const ResidualConstants residual(kResiduals == 1 ? tile.residuals[0] : TileResidual{});
   for (int64_t c = 0; c < tile.stored; c += 16) {
-    const Constants constants(tile, c);
+    const Constants constants(tile, kWidth, c);
     const __mmask16 used = First(tile.used - c), stored = First(tile.stored - c);
     const int64_t at = tile.column + c;
     if (tile.wide_out == nullptr && used == 0xffff) {  // not by masks, which slow stores down
       uint8_t* const* out = tile.out;
       for (int r = 0; r < tile.rows; ++r) {
-        const Vec q = Results<kNarrow, kResiduals>(tile, constants, residual, r, c, 0xffff);
+        const Vec q = Results<kWidth, kResiduals>(tile, constants, residual, r, c, 0xffff);
         const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, q);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out[r] + at), bytes);
       }
       continue;
     }
     for (int r = 0; r < tile.rows; ++r) {
-      const Vec q = Results<kNarrow, kResiduals>(tile, constants, residual, r, c, used);
+      const Vec q = Results<kWidth, kResiduals>(tile, constants, residual, r, c, used);
       if (tile.wide_out != nullptr) {
         _mm512_mask_storeu_epi32(tile.wide_out[r] + at, used, q);
       } else {
@@ -436,15 +441,16 @@ void RequantizeRows(const RequantizeTile& tile) {
   }
 }
 
-template <bool kNarrow>
-void RequantizeTileOf(const RequantizeTile& tile) {
-  if (tile.num_residuals == 0) return RequantizeRows<kNarrow, 0>(tile);
-  if (tile.num_residuals == 1) return RequantizeRows<kNarrow, 1>(tile);
-  RequantizeRows<kNarrow, 2>(tile);
+template <Width kWidth>
+void RequantizeIn(const RequantizeTile& tile) {
+  if (tile.num_residuals == 0) return RequantizeRows<kWidth, 0>(tile);
+  if (tile.num_residuals == 1) return RequantizeRows<kWidth, 1>(tile);
+  RequantizeRows<kWidth, 2>(tile);
 }
 
 void Requantize(const RequantizeTile& tile) {
-  tile.narrow ? RequantizeTileOf<true>(tile) : RequantizeTileOf<false>(tile);
+  if (tile.narrow) return RequantizeIn<Width::kNarrow>(tile);
+  tile.shift >= 32 ? RequantizeIn<Width::kHigh>(tile) : RequantizeIn<Width::kWide>(tile);
 }
 
 #else
