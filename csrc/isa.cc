@@ -29,7 +29,8 @@ int WantedLevel() {
   if (name == nullptr) return 3;
   if (std::strcmp(name, "baseline") == 0) return 0;
   if (std::strcmp(name, "avx2") == 0) return 1;
-  return 2;
+  if (std::strcmp(name, "avx512") == 0) return 2;
+  return 3;
 }
 
 int Level() {

@@ -319,21 +319,41 @@ JADDER_INLINE __mmask16 First(int64_t count) {
   return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
 }
 
-// The constants of 16 columns.
-struct Columns {
-  Vec multiplier, odd_multiplier, narrow_bias, even_bias, odd_bias;
+// What is computed before the shift: 32 bits, or 64, of which a shift may leave no more than 32.
+enum class Width { kNarrow, kWide, kHigh };
 
-  JADDER_INLINE Columns(const RequantizeTile& tile, int64_t c)
-      : multiplier(LoadVec(tile.multiplier + c)), odd_multiplier(_mm512_srli_epi64(multiplier, 32)) {
-    if (tile.narrow) {
+// The constants of a tile and of 16 of its columns, which stores to bytes would otherwise have the
+// compiler read again and again.
+struct Constants {
+  __m128i shift;
+  Vec low, high, multiplier, odd_multiplier, narrow_bias, even_bias, odd_bias;
+
+  JADDER_INLINE Constants(const RequantizeTile& tile, Width width, int64_t c)
+      : shift(_mm_cvtsi32_si128(tile.shift - (width == Width::kHigh ? 32 : 0))),
+        low(width == Width::kWide ? Broadcast64(tile.low) : Broadcast32(tile.low)),
+        high(width == Width::kWide ? Broadcast64(tile.high) : Broadcast32(tile.high)),
+        multiplier(LoadVec(tile.multiplier + c)) {
+    if (width == Width::kNarrow) {
       narrow_bias = LoadVec(tile.narrow_bias + c);
       return;
     }
+    odd_multiplier = _mm512_srli_epi64(multiplier, 32);
     const Vec first = LoadVec(tile.bias + c), second = LoadVec(tile.bias + c + 8);
     const Vec even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
     even_bias = _mm512_permutex2var_epi64(first, even, second);
     odd_bias = _mm512_permutex2var_epi64(first, Add64(even, _mm512_set1_epi64(1)), second);
   }
+};
+
+// The factors of one residual, or none.
+struct ResidualConstants {
+  __m128i left_shift;
+  Vec whole, multiplier;
+
+  JADDER_INLINE explicit ResidualConstants(const TileResidual& each)
+      : left_shift(_mm_cvtsi32_si128(each.left_shift)),
+        whole(Broadcast32(each.whole)),
+        multiplier(Broadcast64(each.multiplier)) {}
 };
 
 JADDER_INLINE Vec ResidualBytes(const RequantizeTile& tile, int64_t i, int r, int64_t c,
@@ -342,53 +362,78 @@ JADDER_INLINE Vec ResidualBytes(const RequantizeTile& tile, int64_t i, int r, in
   return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(used, row));
 }
 
-JADDER_INLINE Vec NarrowResults(const RequantizeTile& tile, const Columns& columns, Vec sum, int r,
-                                int64_t c, __mmask16 used) {
-  Vec value = Add32(_mm512_mullo_epi32(sum, columns.multiplier), columns.narrow_bias);
-  for (int64_t i = 0; i < tile.num_residuals; ++i) {
-    const Vec q = ResidualBytes(tile, i, r, c, used);
-    value = Add32(value, _mm512_mullo_epi32(q, Broadcast32(tile.residuals[i].whole)));
-  }
-  value = _mm512_sra_epi32(value, _mm_cvtsi32_si128(tile.shift));
-  value = _mm512_max_epi32(value, Broadcast32(tile.low));
-  return _mm512_min_epi32(value, Broadcast32(tile.high));
+JADDER_INLINE Vec AddNarrow(Vec value, Vec q, const ResidualConstants& residual) {
+  return Add32(value, _mm512_mullo_epi32(q, residual.whole));
 }
 
-JADDER_INLINE Vec WideResults(const RequantizeTile& tile, const Columns& columns, Vec sum, int r,
-                              int64_t c, __mmask16 used) {
-  Vec even = Add64(_mm512_mul_epi32(sum, columns.multiplier), columns.even_bias);
-  Vec odd = Add64(_mm512_mul_epi32(_mm512_srli_epi64(sum, 32), columns.odd_multiplier),
-                  columns.odd_bias);
-  for (int64_t i = 0; i < tile.num_residuals; ++i) {
-    const Vec q = ResidualBytes(tile, i, r, c, used);
-    const Vec multiplier = Broadcast64(tile.residuals[i].multiplier);
-    const __m128i shift = _mm_cvtsi32_si128(tile.residuals[i].left_shift);
-    even = Add64(even, _mm512_sll_epi64(_mm512_mul_epi32(q, multiplier), shift));
-    const Vec odd_q = _mm512_srli_epi64(q, 32);
-    odd = Add64(odd, _mm512_sll_epi64(_mm512_mul_epi32(odd_q, multiplier), shift));
+JADDER_INLINE void AddWide(Vec q, const ResidualConstants& residual, Vec& even, Vec& odd) {
+  q = _mm512_sll_epi32(q, residual.left_shift);  // of 30 bits at most
+  even = Add64(even, _mm512_mul_epi32(q, residual.multiplier));
+  odd = Add64(odd, _mm512_mul_epi32(_mm512_srli_epi64(q, 32), residual.multiplier));
+}
+
+// What is left to do in 32 bits: a shift, and the bounds.
+JADDER_INLINE Vec Finish(Vec value, const Constants& constants) {
+  value = _mm512_sra_epi32(value, constants.shift);
+  return _mm512_min_epi32(_mm512_max_epi32(value, constants.low), constants.high);
+}
+
+template <Width kWidth>
+JADDER_INLINE Vec FinishWide(Vec even, Vec odd, const Constants& constants) {
+  if (kWidth == Width::kHigh) {
+    return Finish(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd), constants);
   }
-  const __m128i shift = _mm_cvtsi32_si128(tile.shift);
-  const Vec low = Broadcast64(tile.low), high = Broadcast64(tile.high);
-  even = _mm512_min_epi64(_mm512_max_epi64(_mm512_sra_epi64(even, shift), low), high);
-  odd = _mm512_min_epi64(_mm512_max_epi64(_mm512_sra_epi64(odd, shift), low), high);
+  even = _mm512_sra_epi64(even, constants.shift);
+  odd = _mm512_sra_epi64(odd, constants.shift);
+  even = _mm512_min_epi64(_mm512_max_epi64(even, constants.low), constants.high);
+  odd = _mm512_min_epi64(_mm512_max_epi64(odd, constants.low), constants.high);
   return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
 }
 
-template <bool kNarrow>
+// `kResiduals` of them, or any number where that is 2.
+template <Width kWidth, int kResiduals>
+JADDER_INLINE Vec Results(const RequantizeTile& tile, const Constants& constants,
+                          const ResidualConstants& residual, int r, int64_t c, __mmask16 used) {
+  const Vec sum = LoadVec(tile.sums + r * tile.sums_stride + c);
+  if (kWidth == Width::kNarrow) {
+    Vec value = Add32(_mm512_mullo_epi32(sum, constants.multiplier), constants.narrow_bias);
+    if (kResiduals == 1) value = AddNarrow(value, ResidualBytes(tile, 0, r, c, used), residual);
+    for (int64_t i = 0; kResiduals == 2 && i < tile.num_residuals; ++i) {
+      value = AddNarrow(value, ResidualBytes(tile, i, r, c, used),
+                        ResidualConstants(tile.residuals[i]));
+    }
+    return Finish(value, constants);
+  }
+  Vec even = Add64(_mm512_mul_epi32(sum, constants.multiplier), constants.even_bias);
+  Vec odd = Add64(_mm512_mul_epi32(_mm512_srli_epi64(sum, 32), constants.odd_multiplier),
+                  constants.odd_bias);
+  if (kResiduals == 1) AddWide(ResidualBytes(tile, 0, r, c, used), residual, even, odd);
+  for (int64_t i = 0; kResiduals == 2 && i < tile.num_residuals; ++i) {
+    AddWide(ResidualBytes(tile, i, r, c, used), ResidualConstants(tile.residuals[i]), even, odd);
+  }
+  return FinishWide<kWidth>(even, odd, constants);
+}
+
+template <Width kWidth, int kResiduals>
 void RequantizeRows(const RequantizeTile& tile) {
+  const ResidualConstants residual(kResiduals == 1 ? tile.residuals[0] : TileResidual{});
   for (int64_t c = 0; c < tile.stored; c += 16) {
-    const Columns columns(tile, c);
+    const Constants constants(tile, kWidth, c);
     const __mmask16 used = First(tile.used - c), stored = First(tile.stored - c);
     const int64_t at = tile.column + c;
+    if (tile.wide_out == nullptr && used == 0xffff) {  // not by masks, which slow stores down
+      uint8_t* const* out = tile.out;
+      for (int r = 0; r < tile.rows; ++r) {
+        const Vec q = Results<kWidth, kResiduals>(tile, constants, residual, r, c, 0xffff);
+        const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, q);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out[r] + at), bytes);
+      }
+      continue;
+    }
     for (int r = 0; r < tile.rows; ++r) {
-      const Vec sum = LoadVec(tile.sums + r * tile.sums_stride + c);
-      const Vec q = kNarrow ? NarrowResults(tile, columns, sum, r, c, used)
-                            : WideResults(tile, columns, sum, r, c, used);
+      const Vec q = Results<kWidth, kResiduals>(tile, constants, residual, r, c, used);
       if (tile.wide_out != nullptr) {
         _mm512_mask_storeu_epi32(tile.wide_out[r] + at, used, q);
-      } else if (used == 0xffff) {  // not by a mask, which slows stores down
-        const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, q);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(tile.out[r] + at), bytes);
       } else {
         _mm_mask_storeu_epi8(tile.out[r] + at, stored, _mm512_maskz_cvtepi32_epi8(used, q));
       }
@@ -396,8 +441,16 @@ void RequantizeRows(const RequantizeTile& tile) {
   }
 }
 
+template <Width kWidth>
+void RequantizeIn(const RequantizeTile& tile) {
+  if (tile.num_residuals == 0) return RequantizeRows<kWidth, 0>(tile);
+  if (tile.num_residuals == 1) return RequantizeRows<kWidth, 1>(tile);
+  RequantizeRows<kWidth, 2>(tile);
+}
+
 void Requantize(const RequantizeTile& tile) {
-  tile.narrow ? RequantizeRows<true>(tile) : RequantizeRows<false>(tile);
+  if (tile.narrow) return RequantizeIn<Width::kNarrow>(tile);
+  tile.shift >= 32 ? RequantizeIn<Width::kHigh>(tile) : RequantizeIn<Width::kWide>(tile);
 }
 
 #else
@@ -464,25 +517,83 @@ void Requantize(const RequantizeTile& tile) {
 
 // -- Sums of x -------------------------------------------------------------------------------------
 
-void SumsOfEight(const uint8_t* first, int64_t step, int64_t rows, int64_t bytes, int32_t* sums) {
+// Of every eight bytes over the rows, a multiple of eight in all.
+void SumEights(const WindowSums& given, int64_t bytes) {
   int64_t k = 0;
 #if defined(JADDER_AVX512)
   for (; k < bytes; k += 64) {
     const __mmask64 mask = bytes - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (bytes - k)) - 1;
     Vec sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < rows; ++i) {
-      const Vec row = _mm512_maskz_loadu_epi8(mask, first + i * step + k);
+    for (int64_t i = 0; i < given.rows; ++i) {
+      const Vec row = _mm512_maskz_loadu_epi8(mask, given.first + i * given.row_step + k);
       sum = Add64(sum, Distances(row, _mm512_setzero_si512()));
     }
-    _mm256_mask_storeu_epi32(sums + k / 8, First((bytes - k) / 8), _mm512_cvtepi64_epi32(sum));
+    StoreLow32(given.pixel_sums + k / 8, sum);  // there is room
   }
 #endif
   for (; k < bytes; k += 8) {
     int32_t sum = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = k; j < k + 8; ++j) sum += first[i * step + j];
+    for (int64_t i = 0; i < given.rows; ++i) {
+      for (int64_t j = k; j < k + 8; ++j) sum += given.first[i * given.row_step + j];
     }
-    sums[k / 8] = sum;
+    given.pixel_sums[k / 8] = sum;
+  }
+}
+
+// sums[i] = sums[2i] + sums[2i + 1]
+void AddPairs(int64_t count, int32_t* sums) {
+  int64_t i = 0;
+#if defined(JADDER_AVX512)
+  const Vec even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Vec odd = Add32(even, Broadcast32(1));
+  for (; i + 16 <= count; i += 16) {
+    const Vec a = LoadVec(sums + 2 * i), b = LoadVec(sums + 2 * i + 16);
+    StoreVec(sums + i,
+             Add32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b)));
+  }
+#endif
+  for (; i < count; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+}
+
+void SumPixels(const WindowSums& given, int64_t pixels) {
+  int32_t* sums = given.pixel_sums;
+  if (given.pitch % 8 != 0) {
+    for (int64_t x = 0; x < pixels; ++x) {
+      sums[x] = 0;
+      for (int64_t i = 0; i < given.rows; ++i) {
+        const uint8_t* pixel = given.first + i * given.row_step + x * given.pitch;
+        for (int64_t c = 0; c < given.pitch; ++c) sums[x] += pixel[c];
+      }
+    }
+    return;
+  }
+  SumEights(given, pixels * given.pitch);
+  int64_t each = given.pitch / 8;
+  for (; each % 2 == 0; each /= 2) AddPairs(pixels * each / 2, sums);
+  if (each == 1) return;
+  for (int64_t x = 0; x < pixels; ++x) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < each; ++i) sum += sums[x * each + i];
+    sums[x] = sum;
+  }
+}
+
+// The sum of each pixel over the window's rows, then that of the window's pixels.
+void SumWindows(const WindowSums& given) {
+  SumPixels(given, (given.count - 1) * given.stride + (given.taps - 1) * given.dilation + 1);
+  const int32_t* sums = given.pixel_sums;
+  int64_t i = 0;
+#if defined(JADDER_AVX512)
+  for (; given.stride == 1 && i < given.count; i += 16) {  // there is room
+    Vec sum = LoadVec(sums + i);
+    for (int64_t t = 1; t < given.taps; ++t) sum = Add32(sum, LoadVec(sums + i + t * given.dilation));
+    _mm512_mask_storeu_epi32(given.out + i, First(given.count - i), sum);
+  }
+#endif
+  for (; i < given.count; ++i) {
+    int32_t sum = 0;
+    for (int64_t t = 0; t < given.taps; ++t) sum += sums[i * given.stride + t * given.dilation];
+    given.out[i] = sum;
   }
 }
 
@@ -492,6 +603,6 @@ constexpr int kPitch = Adder::kGroup > Multiply::kGroup ? Adder::kGroup : Multip
 
 const ProgramKernels kProgramKernels = {
     JADDER_NAME(JADDER_PROGRAM_ISA), kPitch,     MakeProduct<Adder>(),
-    MakeProduct<Multiply>(),         Requantize, SumsOfEight};
+    MakeProduct<Multiply>(),         Requantize, SumWindows};
 
 }  // namespace jadder::JADDER_PROGRAM_ISA

@@ -74,14 +74,21 @@ struct RequantizeTile {
   int32_t* const* wide_out;  // of int32 where this is not null
 };
 
+// Σx over the windows of `count` positions of a row: out[i] is the sum over `rows` rows, `row_step`
+// bytes apart, and `taps` pixels of `pitch` bytes, `dilation` apart, from pixel i · stride.
+struct WindowSums {
+  const uint8_t* first;
+  int64_t row_step, rows, pitch, count, stride, dilation, taps;
+  int32_t* pixel_sums;  // room for one for each four bytes of a row, and kColumnSlack
+  int32_t* out;
+};
+
 struct ProgramKernels {
   const char* name;
   int pitch;  // a pixel has a multiple of so many bytes
   ProgramProduct adder, multiply;
   void (*requantize)(const RequantizeTile& tile);
-  // Sums of every eight bytes, a multiple of eight in all, over rows that are `step` bytes apart.
-  void (*sums_of_eight)(const uint8_t* first, int64_t step, int64_t rows, int64_t bytes,
-                        int32_t* sums);
+  void (*window_sums)(const WindowSums& sums);
 };
 
 namespace avx512vnni {

@@ -241,7 +241,7 @@ ProgramPlan MakePlan(const ProgramSpec& spec, const ProgramKernels& kernels) {
     scratch.sums = std::max(scratch.sums, kMostTileRows * (columns + kColumnSlack));
     scratch.residuals = std::max<int64_t>(scratch.residuals, step.residuals.size());
     if (panels && step.product->takes_maximum) {
-      scratch.column_sums = std::max(scratch.column_sums, source.row_bytes / 4 + 16);
+      scratch.column_sums = std::max(scratch.column_sums, source.row_bytes / 4 + kColumnSlack);
     }
     scratch.gathered = std::max(scratch.gathered, kMostTileRows * step.gathered_bytes);
   }

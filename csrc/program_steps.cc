@@ -94,6 +94,11 @@ class StepRun {
       uint8_t* to = place_.arena + out_.At(at.row, at.column);
       if (channels == out_.pitch) {
         std::memcpy(to, from, count * channels);
+      } else if (channels == 3 && out_.pitch == 4) {
+        for (int64_t i = 0; i < count; ++i) {
+          const uint8_t pixel[4] = {from[3 * i], from[3 * i + 1], from[3 * i + 2], 0};
+          std::memcpy(to + 4 * i, pixel, 4);
+        }
       } else {
         for (int64_t i = 0; i < count; ++i) {
           std::memset(to + i * out_.pitch, 0, out_.pitch);
@@ -154,21 +159,31 @@ class StepRun {
                                  column * op.strides[1] - op.padding[1][0]);
   }
 
+  // Pointers to the first of `count` positions, and `step` bytes on from each to the next.
+  template <typename T>
+  static void PointFrom(T* first, int64_t step, int64_t count, T** pointers) {
+    for (int64_t i = 0; i < count; ++i) pointers[i] = first + i * step;
+  }
+
   void PointToRows(int64_t begin, int64_t count) {
+    const std::vector<ProgramResidual>& residuals = operation().requantization.residuals;
     Walk at(out_.width, begin);
-    const int64_t residuals = step_.residuals.size();
-    for (int64_t i = 0; i < count; ++i, at.Next()) {
-      scratch_.windows[i] = Window(at.row, at.column);
+    for (int64_t i = 0; i < count; ++at.row, at.column = 0) {
+      const int64_t columns = std::min(count - i, out_.width - at.column);
+      PointFrom(Window(at.row, at.column), operation().strides[1] * in_.pitch, columns,
+                &scratch_.windows[i]);
       if (is_wide()) {
-        scratch_.wide_out[i] = place_.output + (begin + i) * out_.channels;
+        PointFrom(place_.output + (begin + i) * out_.channels, out_.channels, columns,
+                  &scratch_.wide_out[i]);
       } else {
-        scratch_.out[i] = place_.arena + out_.At(at.row, at.column);
+        PointFrom(place_.arena + out_.At(at.row, at.column), out_.pitch, columns, &scratch_.out[i]);
       }
-      for (int64_t j = 0; j < residuals; ++j) {
-        const auto& layout = plan_.layouts[operation().requantization.residuals[j].value];
-        scratch_.residuals[j * kBlockPositions + i] =
-            place_.arena + layout.At(at.row, at.column);
+      for (size_t j = 0; j < residuals.size(); ++j) {
+        const ActivationLayout& layout = plan_.layouts[residuals[j].value];
+        const uint8_t* first = place_.arena + layout.At(at.row, at.column);
+        PointFrom(first, layout.pitch, columns, &scratch_.residuals[j * kBlockPositions + i]);
       }
+      i += columns;
     }
   }
 
@@ -276,48 +291,25 @@ class StepRun {
     }
   }
 
-  // Σx over the windows of `count` positions: sums of each pixel over the window's rows, then of
-  // the window's pixels.
+  // Σx over the windows of `count` positions.
   void SumX(int64_t begin, int64_t count) {
     const ProgramOperation& op = operation();
-    const int64_t stride = op.strides[1], reach = (op.window[1] - 1) * op.dilation[1] + 1;
-    int32_t* x_sums = scratch_.x_sums.data();
+    WindowSums sums;
+    sums.row_step = op.dilation[0] * in_.row_bytes;
+    sums.rows = op.window[0];
+    sums.pitch = in_.pitch;
+    sums.stride = op.strides[1];
+    sums.dilation = op.dilation[1];
+    sums.taps = op.window[1];
+    sums.pixel_sums = scratch_.column_sums.data();
+    sums.out = scratch_.x_sums.data();
     for (Walk at(out_.width, begin); count > 0; ++at.row, at.column = 0) {
-      const int64_t columns = std::min(count, out_.width - at.column);
-      const int64_t pixels = (columns - 1) * stride + reach;
-      const int32_t* pixel_sums = PixelSums(Window(at.row, at.column), pixels);
-      for (int64_t i = 0; i < columns; ++i) x_sums[i] = 0;
-      for (int64_t j = 0; j < reach; j += op.dilation[1]) {
-        for (int64_t i = 0; i < columns; ++i) x_sums[i] += pixel_sums[i * stride + j];
-      }
-      x_sums += columns;
-      count -= columns;
+      sums.first = Window(at.row, at.column);
+      sums.count = std::min(count, out_.width - at.column);
+      kernels_.window_sums(sums);
+      sums.out += sums.count;
+      count -= sums.count;
     }
-  }
-
-  const int32_t* PixelSums(const uint8_t* window, int64_t pixels) {
-    const ProgramOperation& op = operation();
-    int32_t* sums = scratch_.column_sums.data();
-    const int64_t row_step = op.dilation[0] * in_.row_bytes;
-    if (in_.pitch % 8 != 0) {
-      for (int64_t x = 0; x < pixels; ++x) {
-        sums[x] = 0;
-        for (int64_t i = 0; i < op.window[0]; ++i) {
-          const uint8_t* pixel = window + i * row_step + x * in_.pitch;
-          for (int64_t c = 0; c < in_.channels; ++c) sums[x] += pixel[c];
-        }
-      }
-      return sums;
-    }
-    const int64_t each = in_.pitch / 8;
-    kernels_.sums_of_eight(window, row_step, op.window[0], pixels * in_.pitch, sums);
-    if (each == 1) return sums;
-    for (int64_t x = 0; x < pixels; ++x) {
-      int32_t sum = 0;
-      for (int64_t i = 0; i < each; ++i) sum += sums[x * each + i];
-      sums[x] = sum;
-    }
-    return sums;
   }
 
   // -- Other sums ----------------------------------------------------------------------------------

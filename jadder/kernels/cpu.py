@@ -6,7 +6,8 @@ or float16 operands; those of bytes sum in int32. Matmuls, and convolutions of o
 dimensions; `unsupported` says what is not taken.
 
 On its own it uses the instruction set that the processor has, AVX-512 or AVX2 or the baseline; the
-environment variable ``JADDER_CPU_ISA=avx2`` or ``=baseline`` asks for a lower one.
+environment variable ``JADDER_CPU_ISA=avx2`` or ``=baseline`` asks for a lower one. (``=avx512``
+keeps `jadder.integer` from AVX-512's multiplication of bytes, which nothing else uses.)
 """
 
 import ctypes
