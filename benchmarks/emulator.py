@@ -23,7 +23,7 @@ class Machine:
     """A processor that unicorn emulates.
 
     Attributes:
-      flags: for Clang.
+      flags: for Clang, as in the folder's Makefile.
       kind: 'thumb' or 'arm64'.
     """
 
@@ -31,15 +31,20 @@ class Machine:
     kind: str
 
 
+def _cortex(name: str) -> Machine:
+    size = "-O2" if name == "m0" else "-Os"
+    return Machine(("-target", "thumb-freestanding-eabi", f"-mcpu=cortex_{name}", size), "thumb")
+
+
 MACHINES: Mapping[str, Machine] = {
-    "cortex-m4": Machine(("-target", "thumb-freestanding-eabi", "-mcpu=cortex_m4"), "thumb"),
-    "cortex-m7": Machine(("-target", "thumb-freestanding-eabi", "-mcpu=cortex_m7"), "thumb"),
-    "cortex-m0": Machine(("-target", "thumb-freestanding-eabi", "-mcpu=cortex_m0"), "thumb"),
-    "aarch64": Machine(("-target", "aarch64-freestanding", "-mcpu=cortex_a53"), "arm64"),
+    "cortex-m4": _cortex("m4"),
+    "cortex-m7": _cortex("m7"),
+    "cortex-m0": _cortex("m0"),
+    "aarch64": Machine(("-target", "aarch64-freestanding", "-mcpu=cortex_a53", "-O2"), "arm64"),
 }
 
 _FREESTANDING = (
-    "-O2", "-std=c99", "-ffreestanding", "-fomit-frame-pointer", "-fno-sanitize=all",
+    "-std=c99", "-ffreestanding", "-fomit-frame-pointer", "-fno-sanitize=all",
     "-fno-unwind-tables", "-fno-asynchronous-unwind-tables", "-fno-stack-protector",
 )  # fmt: skip
 
@@ -52,22 +57,24 @@ void *memcpy(void *restrict, const void *restrict, size_t);
 _RUNTIME = """
 #include <stddef.h>
 #include <stdint.h>
-void *memset(void *to, int value, size_t size) {
+typedef struct { uint32_t word; } __attribute__((packed, may_alias)) Word; /* at any address */
+__attribute__((no_builtin)) void *memset(void *to, int value, size_t size) {
   uint8_t *byte = to;
   uint32_t word = (uint8_t)value * UINT32_C(0x01010101);
-  while (size && (uintptr_t)byte & 3) { *byte++ = (uint8_t)value; --size; }
-  for (; size >= 4; size -= 4, byte += 4) *(uint32_t *)(void *)byte = word;
+  for (; size >= 4; size -= 4, byte += 4) ((Word *)(void *)byte)->word = word;
   while (size--) *byte++ = (uint8_t)value;
   return to;
 }
-typedef struct { uint32_t word; } __attribute__((packed, may_alias)) Word; /* at any address */
-void *memcpy(void *restrict to, const void *restrict from, size_t size) {
+__attribute__((no_builtin)) void *memcpy(void *restrict to, const void *restrict from, size_t size) {
   uint8_t *a = to;
   const uint8_t *b = from;
-  for (; size >= 4; size -= 4, a += 4, b += 4) ((Word *)(void *)a)->word = ((const Word *)(const void *)b)->word;
+  for (; size >= 4; size -= 4, a += 4, b += 4) {
+    ((Word *)(void *)a)->word = ((const Word *)(const void *)b)->word;
+  }
   while (size--) *a++ = *b++;
   return to;
 }
+void emulator_mark(int i) { __asm__ volatile("" :: "r"(i)); }
 """
 
 _CODE, _DATA = 0x0100_0000, 0x2000_0000
@@ -80,39 +87,46 @@ def missing() -> list[str]:
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def build(folder: Path, name: str, machine: Machine, into: Path, extra: Sequence[str] = ()) -> Path:
-    """Compiles and links an exported network; ``into`` is a folder for what comes out.
+def build(
+    folders: Sequence[Path], machine: Machine, into: Path, *, marks: bool = False
+) -> Path:
+    """Compiles exported networks and links them together.
+
+    Args:
+      folders: of the networks, whose names differ.
+      machine: what to compile for.
+      into: a folder for what comes out.
+      marks: whether the networks tell the emulator where each operation ends, which takes a few
+        instructions.
 
     Raises:
       RuntimeError: with what the compiler said.
     """
     into.mkdir(parents=True, exist_ok=True)
-    runtime = into / "runtime.c"
-    runtime.write_text(_RUNTIME)
-    marks = into / "marks.c"
-    marks.write_text(f'void {name}_mark(int i) {{ __asm__ volatile("" :: "r"(i)); }}\n')
+    (into / "runtime.c").write_text(_RUNTIME)
     (into / "string.h").write_text(_STRING_H)
-    objects = []
-    for source in [*sorted(folder.glob(f"{name}*.[cs]")), runtime, marks]:
-        objects.append(into / f"{source.stem}.o")
-        own = ["-fno-builtin"] if source in (runtime, marks) else list(extra)
-        _zig(
-            "cc", *machine.flags, *_FREESTANDING, *own, "-I", into, "-c", source, "-o", objects[-1]
-        )
-    linked = into / f"{name}.elf"
-    _zig("ld.lld", "--entry=0", f"-Ttext={_CODE:#x}", "-o", linked, "--gc-sections", "-u",
-         f"{name}_run", "-u", f"{name}_mark", *objects)  # fmt: skip
-    return linked
+    sources = [into / "runtime.c"]
+    names = []
+    for folder in folders:
+        (header,) = (h for h in folder.glob("*.h") if not h.stem.endswith(_PARTS))
+        names.append(header.stem)
+        sources += sorted(each for each in folder.glob(f"{header.stem}*.[cs]"))
+    macros = [f"-D{name.upper()}_AFTER(i)={_MARK}" for name in names] if marks else []
+    _zig("cc", *machine.flags, *_FREESTANDING, *macros, "-I", into, "-c", "-o", "network.o",
+         *(each.resolve() for each in sources), cwd=into)  # fmt: skip
+    kept = [option for name in names for option in ("-u", f"{name}_run")]
+    _zig("ld.lld", "--entry=0", f"-Ttext={_CODE:#x}", "-o", "linked.elf", "--gc-sections", *kept,
+         "-u", "emulator_mark", "network.o", cwd=into)  # fmt: skip
+    return into / "linked.elf"
 
 
-def marked(name: str) -> list[str]:
-    """Flags with which a network calls a function after each operation, which the emulator sees."""
-    return [f"-D{name.upper()}_AFTER(i)=do{{void {name}_mark(int);{name}_mark(i);}}while(0)"]
+_PARTS = ("_kernels", "_weights", "_vectors")
+_MARK = "do{void emulator_mark(int);emulator_mark(i);}while(0)"
 
 
-def _zig(*arguments: Any) -> None:
+def _zig(*arguments: Any, cwd: Path) -> None:
     command = [sys.executable, "-m", "ziglang", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
@@ -163,7 +177,7 @@ class Emulator:
                 s.name: s["st_value"] for s in linked.get_section_by_name(".symtab").iter_symbols()
             }
         self._entry = symbols[f"{name}_run"]
-        self._mark = symbols[f"{name}_mark"] & ~1
+        self._mark = symbols["emulator_mark"] & ~1
         self._uc.mem_map(_STACK, _STACK_SIZE)
         self._uc.mem_map(_RETURN, 0x1000)
         self._uc.mem_map(_DATA, 0x0100_0000)

@@ -200,7 +200,7 @@ def makefile(target: Target, name: str, code: Code) -> str:
     )
     return f"""# {name}: {target.about}. Made by jadder's export_c.
 {how}{compiler}ARCH = {target.flags}
-CFLAGS = -O2 -std=c99 {_WARNINGS}
+CFLAGS = {"-Os" if bare else "-O2"} -std=c99 {_WARNINGS}
 SIZE = size
 RUN =
 
@@ -234,12 +234,7 @@ def readme(program: IntegerProgram, target: Target, name: str, code: Code, count
     """What the folder is, how it is used, and its sizes."""
     source, result = program.input, program.output
     upper = name.upper()
-    sizes = [
-        ("weights, multipliers and other constants", f"{code.table_size:,} bytes", "flash"),
-        *([("assembly", f"{code.assembly_size:,} bytes", "flash")] if code.assembly else []),
-        ("C", "what `make size` says beyond these", "flash"),
-        (f"activations (`{upper}_ARENA_BYTES`)", f"{code.plan.size:,} bytes", "RAM"),
-    ]
+    sizes = _sizes(target, upper, code)
     lines = [
         f"# {name}",
         "",
@@ -283,6 +278,23 @@ def readme(program: IntegerProgram, target: Target, name: str, code: Code, count
             by += f" ({choice.why})"
         lines.append(f"| {index} | {describe(operation)} | {by} |")
     return "\n".join(lines) + "\n"
+
+
+def _sizes(target: Target, upper: str, code: Code) -> list[tuple[str, str, str]]:
+    """What takes how much of which memory."""
+    constants = ("weights, multipliers and other constants", f"{code.table_size:,} bytes", "flash")
+    arena = (f"activations (`{upper}_ARENA_BYTES`)", f"{code.plan.size:,} bytes", "RAM")
+    if target.kernels != "thumb":
+        return [constants, ("code", "as `make size` says", "flash"), arena]
+    rest = code.code_size - code.assembly_size
+    flash = code.table_size + code.code_size
+    return [
+        constants,
+        ("assembly", f"{code.assembly_size:,} bytes", "flash"),
+        ("C", f"about {rest:,} bytes by Clang with -Os", "flash"),
+        ("code and constants together", f"about {flash / 1024:.1f} KiB", "flash"),
+        arena,
+    ]
 
 
 def _shape(each: Activation) -> str:

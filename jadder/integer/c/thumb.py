@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-_MOST_WORDS = 72
+_MOST_WORDS = 144
 """Longer windows are loops: of 48 bytes for each word that is unrolled."""
 _MOST_OFFSET = 4095
 
