@@ -411,13 +411,13 @@ class _Count:
         self._rows: dict[str, _Row] = {}
         self._values: list[_Value] = []
 
-    def of(self, closed: Any, parameters: Sequence[bool]) -> OperationCounts:
+    def of(self, closed: Any, parameters: Sequence[bool], around: str = "") -> OperationCounts:
         """The counts of a jaxpr, the first of whose inputs are parameters or else of no account."""
         inputs = [self._value(var) for var in closed.jaxpr.invars]
         for value, parameter in zip(inputs, parameters, strict=False):
             value.parameter = value
             value.size *= parameter
-        results = self._walk(closed.jaxpr, self._constants(closed.jaxpr), inputs, "", 1)
+        results = self._walk(closed.jaxpr, self._constants(closed.jaxpr), inputs, around, 1)
         for value in results:
             value.kept = True
         return self._sum_up()
@@ -486,7 +486,7 @@ class _Count:
         sizes = []
         for branch in eqn.params["branches"]:
             trial = _Count(self._kinds, self._name)
-            sizes.append(sum(trial.of(branch, []).total.operations.values()))
+            sizes.append(sum(trial.of(branch, [], layer).total.operations.values()))
         chosen = eqn.params["branches"][sizes.index(max(sizes))].jaxpr
         return self._walk(chosen, self._constants(chosen), values[1:], layer, times)
 
@@ -608,8 +608,8 @@ _FREE = frozenset(
      "stop_gradient", "split", "real", "imag", "bitcast_convert_type", "optimization_barrier",
      "device_put", "sharding_constraint", "reshard", "mesh_cast", "random_seed", "random_wrap",
      "random_unwrap", "random_split", "random_fold_in", "random_clone", "pvary", "name",
-     "create_token", "stack", "unstack", "empty", "full", "symbolic_zeros", "zeros_like", "pcast",
-     "tile"]
+     "create_token", "platform_index", "stack", "unstack", "empty", "full", "symbolic_zeros",
+     "zeros_like", "pcast", "tile"]
 )  # fmt: skip
 
 _PALLAS = "a Pallas kernel; products count with implementation=None, which computes the same sums"
