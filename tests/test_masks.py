@@ -319,6 +319,18 @@ class TestErrors:
         with pytest.raises(ValueError, match="only arrays, which do not tell"):
             adder_mask(params)
 
+    def test_linen_modules_show_no_layers_before_they_are_called(self):
+        dense = linen.Dense(3, dot_general=jadder.adder_dot_general)
+        with pytest.raises(
+            ValueError, match=r"Dense is a Linen module.*adder_mask\(module, inputs"
+        ):
+            adder_mask(dense)
+        model = nnx.Dict(inner=nnx.bridge.ToNNX(dense, rngs=nnx.Rngs(0)))
+        with pytest.raises(ValueError, match="ToNNX at 'inner' has a Linen module"):
+            adder_mask(model)
+        with pytest.raises(ValueError, match="only a Linen module takes inputs"):
+            adder_mask(adder(nnx.Rngs(0)), jnp.ones((1, 3)))
+
     def test_adder_mask_knows_all_parameters(self):
         """A leaf that the model does not have may be an adder kernel under another name."""
         model = nnx.Sequential(adder(nnx.Rngs(0)), adder(nnx.Rngs(0)))
