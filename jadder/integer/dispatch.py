@@ -52,16 +52,36 @@ def run(
             f"implementation must be None or one of {get_args(Implementation)}, "
             f"got {implementation!r}"
         )
-    if not isinstance(images, jax.Array):
-        images = jnp.asarray(images)
-    if images.dtype != jnp.uint8:
+    images = _array(images)
+    if images.dtype != np.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
     if images.ndim < 3 or images.shape[-3:] != program.input.shape:
         raise ValueError(
             f"images of shape (batch, *{program.input.shape}) expected, got {images.shape}"
         )
-    result: Array = _compiled(program, implementation)(images)
+    make = functools.partial(_function, program, implementation)
+    result: Array = _compiled(program, implementation, make)(images)
     return result
+
+
+def logits(program: IntegerProgram, images: Any) -> Array:
+    """``program(images)``, which see, compiled as one function."""
+    result: Array = _compiled(
+        program, "logits", lambda: functools.partial(_logits, _bare(program))
+    )(_array(images))
+    return result
+
+
+def _logits(program: IntegerProgram, images: Array) -> Array:
+    outputs = run(program, program.to_integers(images))
+    floats = outputs.astype(jnp.float32) * np.float32(program.output.scale[0])
+    height, width, channels = program.output.shape
+    return floats.reshape(-1, channels) if height == width == 1 else floats
+
+
+def _array(images: Any) -> Any:
+    """What `jax.jit` takes as an array; NumPy's go there as they are, which is quicker."""
+    return images if isinstance(images, jax.Array | np.ndarray) else jnp.asarray(images)
 
 
 # -- Compiled programs -----------------------------------------------------------------------------
@@ -78,28 +98,36 @@ class _Compiled:
 
 
 def _compiled(
-    program: IntegerProgram, implementation: Implementation | None
+    program: IntegerProgram, name: str | None, make: Callable[[], Callable[[Array], Array]]
 ) -> Callable[[Array], Array]:
     kept: _Compiled = vars(program).setdefault("_compiled", _Compiled())
-    if implementation not in kept.functions:
-        kept.functions[implementation] = jax.jit(_function(program, implementation))
-    return kept.functions[implementation]
+    if name not in kept.functions:
+        kept.functions[name] = jax.jit(make())
+    return kept.functions[name]
+
+
+def _bare(program: IntegerProgram) -> IntegerProgram:
+    """The same without what has been compiled for it.
+
+    JAX's caches hold what a compiled function refers to: not to the program that holds the function.
+    """
+    bare = copy.copy(program)
+    vars(bare).pop("_compiled", None)
+    return bare
 
 
 def _function(
     program: IntegerProgram, implementation: Implementation | None
 ) -> Callable[[Array], Array]:
     if implementation == "xla":
-        return functools.partial(_portable, program)
+        return functools.partial(_portable, _bare(program))
     refusal = native.unavailable() or native.unsupported(program)
     if refusal is not None and implementation == "cpu":
         raise ValueError(f"implementation='cpu' cannot be used: {refusal}")
     if refusal is not None:
-        return functools.partial(_portable, program)
-    # JAX's caches hold what a compiled function refers to, and this program holds the function.
-    bare = copy.copy(program)
-    del vars(bare)["_compiled"]
-    network = _Network(native.serialize(program), bare, native_only=implementation == "cpu")
+        return functools.partial(_portable, _bare(program))
+    native_only = implementation == "cpu"
+    network = _Network(native.serialize(program), _bare(program), native_only)
     return functools.partial(_network_p.bind, network=network)
 
 

@@ -242,12 +242,9 @@ class IntegerProgram:
         Raises:
           ValueError, TypeError: images of another shape or dtype.
         """
-        from jadder.integer.dispatch import run
+        from jadder.integer.dispatch import logits
 
-        outputs = run(self, self.to_integers(images))
-        logits = outputs.astype(jnp.float32) * np.float32(self.output.scale[0])
-        height, width, channels = self.output.shape
-        return logits.reshape(-1, channels) if height == width == 1 else logits
+        return logits(self, images)
 
     def to_integers(self, images: ArrayLike) -> Array:
         """The uint8 images (batch, *input.shape) of what the program is called with.
