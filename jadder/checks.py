@@ -68,7 +68,7 @@ def check_model(model: nnx.Module, *inputs: Any, **kwargs: Any) -> dict[str, str
     faults = _faults_seen(model, places, lambda model: model(*inputs, **kwargs))
     for path, module in nnx.iter_modules(model):
         if getattr(module, "use_fast_variance", False):
-            faults.append((path, "use_fast_variance=True has no digits left so far from zero"))
+            faults.append((path, "use_fast_variance=True has no digits left far from zero"))
         if isinstance(module, nnx.BatchNorm) and module.momentum == FLAX_MOMENTUM:
             faults.append((path, f"momentum={FLAX_MOMENTUM} follows too slowly; 0.9 does not"))
     for path, module, _, _ in places:

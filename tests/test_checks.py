@@ -19,16 +19,16 @@ SWIN = {"features": 8, "depths": (1,), "num_heads": (2,), "head_features": 4, "i
 VGG = {"widths": (4, 4, 4), "image_size": 8}
 
 
-def resnet(**options):
-    """A block with a shortcut of its own and one without."""
-    return jadder.models.ResNet((1, 1), jadder.models.BasicBlock, width=4, **options)
+def resnet(stage_sizes=(0, 1), **options):
+    """A block with a shortcut of its own, or one without."""
+    return jadder.models.ResNet(stage_sizes, jadder.models.BasicBlock, width=4, **options)
 
 
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         (resnet, {"dtype": jnp.bfloat16}),
-        (resnet, {"norm": "centered_batch", "multiply_ends": False}),
+        (resnet, {"norm": "centered_batch", "multiply_ends": False, "stage_sizes": (1,)}),
         (resnet, {"family": "euclid"}),
         ("vgg_small", {**VGG, "multiply_ends": False}),
         ("vit", {**TRANSFORMER, "multiply_ends": False, "scores": "adder"}),

@@ -337,6 +337,7 @@ class TestWithoutNativeCode:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             adder_matmul(x, x, implementation="xla")
-            adder_matmul(x.astype(jnp.float16), x.astype(jnp.float16))
+            integers = x.astype(jnp.int32)
+            adder_matmul(integers, integers, preferred_element_type=jnp.int32)
         with pytest.raises(ValueError, match="cannot be used: there is no native library"):
             adder_matmul(x, x, implementation="cpu")
