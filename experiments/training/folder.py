@@ -62,7 +62,8 @@ def check_folder(folder: Path) -> None:
     """Refuses a folder in which no run can begin or go on.
 
     Raises:
-        UserError: it is no folder, holds something else, or has lost its checkpoints.
+        UserError: it is no folder, holds something else, has lost its checkpoints, or what it says
+            of its run is damaged.
     """
     if is_there(folder) and not folder.is_dir():
         raise UserError(f"{folder} is a file, expected a folder for the run")
@@ -70,7 +71,8 @@ def check_folder(folder: Path) -> None:
         return
     if not is_there(folder / "config.json"):
         raise UserError(f"{folder} has files, but no run: it lacks config.json")
-    ended = is_there(folder / "result.json") or is_there(folder / "diverged.json")
+    read_fingerprint(folder)
+    ended = read_result(folder) is not None or is_there(folder / "diverged.json")
     if not ended and not saved_steps(folder) and _has_rows(folder):
         raise UserError(
             f"{folder} has rows of finished epochs in metrics.jsonl, but no checkpoint to go on "

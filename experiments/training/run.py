@@ -188,7 +188,7 @@ class Run:
     def _metrics(self, rows: list[Row]) -> MetricsFile:
         """metrics.jsonl with these rows, and perhaps a word that it had others."""
         path = self.folder / "metrics.jsonl"
-        if is_first() and rows and read_rows(path)[: len(rows)] != rows:
+        if is_first() and read_rows(path) != rows:
             print(f"{path} is written anew, with the rows of the checkpoint", file=sys.stderr)
         metrics = MetricsFile(path, rows, write=is_first())
         self.rows = metrics.rows
