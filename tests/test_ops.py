@@ -93,6 +93,15 @@ def test_dot_general_takes_any_dimension_numbers(dot, rho, problem, seed):
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 4, 2), (2, 0, 4, 2), (1, 4, 4, 0)])
+def test_euclid_conv_of_nothing(shape):
+    kernel = jnp.full((1, 1, shape[3], 2), 2.0)
+    y, pullback = jax.vjp(lambda w: ops.euclid_conv(jnp.zeros(shape), w, padding=1), kernel)
+    assert y.shape == (shape[0], shape[1] + 2, shape[2] + 2, 2)
+    np.testing.assert_array_equal(y, np.full(y.shape, -4.0 * shape[3]))
+    np.testing.assert_array_equal(pullback(jnp.ones_like(y))[0], -4.0 * y[..., 0].size + 0 * kernel)
+
+
 @given(conv_cases(), seeds)
 def test_euclid_conv_and_its_gradients_are_exact(case, seed):
     x, w, g = normal(seed, case.x, case.w, case.out)
@@ -289,12 +298,76 @@ def test_errors_say_what_was_given_at_trace_time(call, error, message):
         jax.eval_shape(call)
 
 
+@pytest.mark.parametrize("value", [2**31, 2**40, 2**63 - 1, 2**63, 2**64, -(2**31), -(2**63)])
+@pytest.mark.parametrize("argument", ["strides", "input_dilation", "kernel_dilation", "padding"])
+@pytest.mark.parametrize("conv", [ops.adder_conv, ops.euclid_conv])
+def test_arguments_beyond_all_sizes_are_refused(conv, argument, value):
+    with pytest.raises(ValueError, match=rf"{conv.__name__}.*at most 2147483647.*{value}"):
+        jax.eval_shape(functools.partial(conv, **{argument: value}), IMAGE, KERNEL)
+
+
+@pytest.mark.parametrize("conv", [ops.adder_conv, ops.euclid_conv])
+def test_results_beyond_all_sizes_are_refused(conv):
+    image = jax.ShapeDtypeStruct((1, 2**30, 2**30, 1), jnp.float32)
+    for options in ({"input_dilation": 2**30, "padding": 1}, {"padding": 2**31 - 1}):
+        with pytest.raises(ValueError, match=r"too (many|large)"):
+            jax.eval_shape(functools.partial(conv, **options), image, KERNEL[..., :1, :])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", None])
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("uint8", 8_421_504), ("int8", 8_421_504), ("int16", 32_768)]
+)
+def test_integer_sums_that_need_not_fit_are_refused(dtype, most, implementation):
+    options = {"preferred_element_type": jnp.int32, "implementation": implementation}
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    matmul = functools.partial(ops.adder_matmul, **options)
+    conv = functools.partial(ops.adder_conv, **options, padding="VALID")
+    assert jax.eval_shape(matmul, shape(2, most), shape(most, 3)).shape == (2, 3)
+    assert jax.eval_shape(conv, shape(1, most // 2, 2), shape(most // 2, 2, 3)).shape == (1, 1, 3)
+    with pytest.raises(ValueError, match=f"sum of {most} differences of {dtype}, not of {most + 1}"):
+        jax.eval_shape(matmul, shape(2, most + 1), shape(most + 1, 3))
+    with pytest.raises(ValueError, match=f"sum of {most} differences of {dtype}"):
+        jax.eval_shape(conv, shape(1, most // 2 + 1, 2), shape(most // 2 + 1, 2, 3))
+
+
+def test_the_longest_sum_of_bytes_fits():
+    x, w = np.full((1, 8_421_504), 255, np.uint8), np.zeros((8_421_504, 1), np.uint8)
+    assert int(ops.adder_matmul(x, w, preferred_element_type=jnp.int32)[0, 0]) == -255 * 8_421_504
+
+
 @pytest.mark.parametrize(
     "forward_mode", [lambda f: jax.jacfwd(f)(X), lambda f: jax.jvp(f, (X,), (X,))]
 )
 def test_forward_mode_of_adder_products_raises(forward_mode):
     with pytest.raises(TypeError, match="custom_vjp"):
         forward_mode(lambda x: ops.adder_matmul(x, W))
+
+
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+@pytest.mark.parametrize("conv", [False, True])
+def test_an_implementation_for_other_hardware_says_so_when_it_is_lowered(name, conv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    about = jadder.implementations()[name]
+    assert not about.available
+
+    @jax.jit
+    def gradient(x):
+        def loss(x):
+            if conv:
+                return ops.adder_conv(x[None, :, :, None], jnp.ones((2, 2, 1, 1)), implementation=name).sum()
+            return ops.adder_matmul(x, jnp.ones((4, 5)), implementation=name).sum()
+
+        return jax.vmap(jax.grad(loss))(x)
+
+    with pytest.raises(ValueError, match=f"implementation='{name}'.*only: {about.about}"):
+        gradient(jnp.ones((2, 3, 4)))
+    platform = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}[name]
+    gradient.trace(jnp.ones((2, 3, 4))).lower(lowering_platforms=(platform,))
+    assert not list(tmp_path.iterdir())
 
 
 def test_forward_mode_of_euclid_products_works():

@@ -285,6 +285,90 @@ class TestImplementation:
         assert not dx.any()
         assert not dw.any()
 
+    @pytest.mark.parametrize("spatial", [(0,), (3, 0), (0, 0)])
+    def test_the_padding_of_images_without_pixels_takes_part(self, implementation, spatial):
+        rank = len(spatial)
+        x, w = np.zeros((2, *spatial, 3), np.float32), np.full((*[1] * rank, 3, 2), 2, np.float32)
+        product = functools.partial(
+            adder_conv, padding=[(1, 2)] * rank, rule=SIGN, implementation=implementation
+        )
+        out = tuple(n + 3 for n in spatial)
+        y, dx, dw = value_and_pullback(product, x, w, np.ones((2, *out, 2)))
+        np.testing.assert_array_equal(y, np.full((2, *out, 2), -6))
+        assert dx.shape == x.shape
+        np.testing.assert_array_equal(dw, np.full(w.shape, -2 * np.prod(out)))
+
+    @pytest.mark.parametrize("strides", [1, 2])
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_a_bad_value_spoils_what_meets_it_and_nothing_else(
+        self, implementation, strides, groups
+    ):
+        """Padding brings in no product of zero and NaN, nor does what no output covers."""
+        options = {"strides": strides, "padding": [(1, 1), (2, 0)], "feature_group_count": groups}
+        rule = GradientRule((1, 1), (1, 2))
+        x, w, g = (
+            a.astype(np.float32)
+            for a in normal(4, (2, 6, 5, 4), (3, 3, 4 // groups, 4), (2, 6 // strides, 5, 4))
+        )
+        g = g[:, :, : -(-5 // strides)]
+        spoilt = []
+        for value in (np.nan, np.inf, -np.inf):
+            bad_x, bad_w = x.copy(), w.copy()
+            bad_x[0, 2, 1, 0], bad_w[0, 0, 0, 0], bad_x[1, 5, 4, 3] = value, value, np.nan
+            spoilt += [(bad_x, w), (x, bad_w), (bad_x, bad_w)]
+        for operands in spoilt:
+            ours, exact = (
+                value_and_pullback(
+                    functools.partial(adder_conv, rule=rule, implementation=which, **options),
+                    *operands,
+                    g,
+                )
+                for which in (implementation, "reference")
+            )
+            for actual, expected in zip(ours, exact, strict=True):
+                np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("size", "options"),
+        [
+            (600, {"kernel_dilation": 250, "padding": 100}),
+            (600, {"kernel_dilation": 2**30, "padding": 2**30}),
+            (1, {"input_dilation": 2**20, "padding": [(2**20, 2 - 2**20)]}),
+            (2, {"input_dilation": 3000, "padding": [(1, 1)]}),
+            (3000, {"strides": 3000, "padding": [(1, 1)]}),
+        ],
+    )
+    def test_sizes_far_apart(self, implementation, size, options):
+        """Positions are computed exactly, and only what is met costs memory or time."""
+        written_out = max(options.get("kernel_dilation", 1), options.get("input_dilation", 1))
+        if not implementation.startswith("cpu") and written_out > 4096:
+            pytest.skip("XLA's own convolution, which the kernel's gradient is, writes zeros out")
+        x, w = (a.astype(np.float32) for a in normal(3, (1, size, 2), (3, 2, 4)))
+        product = functools.partial(adder_conv, implementation=implementation, **options)
+        y = product(x, w)
+        (g,) = (a.astype(np.float32) for a in normal(4, y.shape))
+        y, dx, dw = value_and_pullback(product, x, w, g)
+        stride, lhs, rhs = (
+            options.get(name, 1) for name in ("strides", "input_dilation", "kernel_dilation")
+        )
+        padding = options["padding"]
+        low = padding if isinstance(padding, int) else padding[0][0]
+        expected, exact_dx, exact_dw = (np.zeros(a.shape) for a in (y, x, w))
+        for tap in range(3):
+            at = np.arange(y.shape[1]) * stride + tap * rhs - low
+            met = (at >= 0) & (at % lhs == 0) & (at // lhs < size)
+            seen = np.zeros((y.shape[1], 2))
+            seen[met] = x[0, at[met] // lhs]
+            d = seen[..., None] - w[tap]
+            expected[0] -= np.abs(d).sum(1)
+            np.add.at(
+                exact_dx[0], at[met] // lhs, (np.clip(-d, -1, 1) * g[0, :, None]).sum(2)[met]
+            )
+            exact_dw[tap] = (d * g[0, :, None]).sum(0)
+        assert_close(y.astype(np.float64), expected, 2e-6)
+        assert_close(dx.astype(np.float64), exact_dx, 1e-5)
+        assert_close(dw.astype(np.float64), exact_dw, 1e-5)
+
     @settings(max_examples=5)
     @given(seed=seeds)
     @each_implementation
