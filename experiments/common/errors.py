@@ -56,7 +56,8 @@ def status_of(script: Callable[[], int]) -> int:
         _say(f"error: {error}")
         return error.status
     except OSError as error:
-        _say(f"error: {one_line(str(error))}")
+        kept = "; what was saved before is kept" if error.errno in FULL else ""
+        _say(f"error: {one_line(str(error))}{kept}")
         _drop_output(error)
         return 1 if error.errno in NOT_THE_USERS else 2
     except MemoryError as error:
