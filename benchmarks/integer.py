@@ -5,9 +5,9 @@
     python -m benchmarks.integer --model resnet18 --size 224 --batches 1 8
 
 The adder network and its conv twin have random parameters, with the batch statistics of random
-images. Each becomes a program of bytes (`jadder.quantize`); the twin also becomes an ONNX graph with
-its batch norms folded, in float32, and in int8 as ONNX Runtime quantises it (static, QDQ, uint8
-activations and int8 weights for each channel). "float" is jadder's float32 network under `jax.jit`.
+images. Each becomes a program of bytes (`jadder.quantize`); the twin becomes an ONNX graph too,
+with its batch norms folded, in float32 and in int8 as ONNX Runtime quantises it (static, QDQ, uint8
+activations, int8 weights for each channel). "float" is jadder's float32 network under `jax.jit`.
 
 All run in one process with as many threads as it may use processors, in turns. Both runtimes' idle
 threads spin for a while after a call, which would take processors from the other: so a turn begins

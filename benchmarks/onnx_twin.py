@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import onnxruntime
 from flax import nnx
-from jadder.models import ResNet
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
@@ -19,6 +18,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from jadder.models import ResNet
 
 _OPSET = 21
 

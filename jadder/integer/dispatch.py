@@ -109,7 +109,7 @@ def _compiled(
 def _bare(program: IntegerProgram) -> IntegerProgram:
     """The same without what has been compiled for it.
 
-    JAX's caches hold what a compiled function refers to: not to the program that holds the function.
+    JAX's caches hold what a compiled function refers to, and the program holds the function.
     """
     bare = copy.copy(program)
     vars(bare).pop("_compiled", None)
