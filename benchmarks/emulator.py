@@ -74,6 +74,41 @@ __attribute__((no_builtin)) void *memcpy(void *restrict to, const void *restrict
   while (size--) *a++ = *b++;
   return to;
 }
+#if defined(__ARM_ARCH_6M__) /* what its compiler calls for 64-bit integers */
+typedef union { uint64_t whole; struct { uint32_t low, high; } part; } Pair;
+uint64_t __aeabi_lmul(uint64_t x, uint64_t y) {
+  Pair a = {x}, b = {y}, r;
+  uint32_t al = a.part.low & 0xffff, ah = a.part.low >> 16;
+  uint32_t bl = b.part.low & 0xffff, bh = b.part.low >> 16;
+  uint32_t low = al * bl, one = ah * bl + (low >> 16), two = al * bh + (one & 0xffff);
+  r.part.low = two << 16 | (low & 0xffff);
+  r.part.high = ah * bh + (one >> 16) + (two >> 16);
+  r.part.high += a.part.high * b.part.low + a.part.low * b.part.high;
+  return r.whole;
+}
+int64_t __aeabi_lasr(int64_t x, int n) {
+  Pair a = {(uint64_t)x};
+  int32_t high = (int32_t)a.part.high;
+  if (n == 0) return x;
+  a.part.low = n < 32 ? a.part.low >> n | (uint32_t)high << (32 - n) : (uint32_t)(high >> (n - 32));
+  a.part.high = (uint32_t)(high >> (n < 32 ? n : 31));
+  return (int64_t)a.whole;
+}
+uint64_t __aeabi_llsr(uint64_t x, int n) {
+  Pair a = {x};
+  if (n == 0) return x;
+  a.part.low = n < 32 ? a.part.low >> n | a.part.high << (32 - n) : a.part.high >> (n - 32);
+  a.part.high = n < 32 ? a.part.high >> n : 0;
+  return a.whole;
+}
+uint64_t __aeabi_llsl(uint64_t x, int n) {
+  Pair a = {x};
+  if (n == 0) return x;
+  a.part.high = n < 32 ? a.part.high << n | a.part.low >> (32 - n) : a.part.low << (n - 32);
+  a.part.low = n < 32 ? a.part.low << n : 0;
+  return a.whole;
+}
+#endif
 void emulator_mark(int i) { __asm__ volatile("" :: "r"(i)); }
 """
 

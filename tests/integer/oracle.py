@@ -17,12 +17,12 @@ def every_value(program: IntegerProgram, images: Any) -> list[Any]:
             values.append(x.reshape(len(x), *operation.output.shape))
             continue
         if isinstance(operation, MaxPool):
-            values.append(np.max(_taps(x, operation.window, operation, (1, 1), -1), axis=0))
+            values.append(np.max(taps_of(x, operation.window, operation, (1, 1), -1), axis=0))
             continue
         if isinstance(operation, Convolution):
-            total = _convolve(operation, x, zero)
+            total = convolve(operation, x, zero)
         elif isinstance(operation, SumPool):
-            total = np.sum(_taps(x, operation.window, operation, (1, 1), zero), axis=0)
+            total = np.sum(taps_of(x, operation.window, operation, (1, 1), zero), axis=0)
         else:
             total = x
         each = operation.requantization
@@ -33,9 +33,10 @@ def every_value(program: IntegerProgram, images: Any) -> list[Any]:
     return values
 
 
-def _convolve(operation: Convolution, x: Any, zero: Any) -> Any:
+def convolve(operation: Convolution, x: Any, zero: Any) -> Any:
+    """S of a convolution in int64, for inputs (batch, height, width, channels)."""
     kernel = operation.kernel.astype(np.int64)
-    taps = _taps(x, kernel.shape[:2], operation, operation.kernel_dilation, zero)
+    taps = taps_of(x, kernel.shape[:2], operation, operation.kernel_dilation, zero)
     per_group, features = kernel.shape[2:]
     groups = operation.feature_group_count
     per_features = features // groups
@@ -51,7 +52,7 @@ def _convolve(operation: Convolution, x: Any, zero: Any) -> Any:
     return total
 
 
-def _taps(x: Any, window: Any, operation: Any, dilation: Any, fill: Any) -> list[Any]:
+def taps_of(x: Any, window: Any, operation: Any, dilation: Any, fill: Any) -> list[Any]:
     (top, bottom), (left, right) = operation.padding
     batch, height, width, channels = x.shape
     padded = np.empty((batch, height + top + bottom, width + left + right, channels), np.int64)

@@ -21,7 +21,7 @@ from jadder.integer.c.targets import TARGETS
 from tests.integer import oracle
 from tests.integer.compiled import check_on_host, compiler
 from tests.integer.layers import chains
-from tests.integer.networks import resnet
+from tests.integer.cifar_resnets import resnet
 from tests.integer.programs import images, programs
 
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
