@@ -34,7 +34,7 @@ The first and the last product multiply, in 8 bits, as do activations that are a
 """
 BATCH = 500
 TRAINING = TrainingOptions(
-    full=TrainConfig(model="resnet20", dataset="cifar10", epochs=10),
+    full=TrainConfig(model="auto", dataset="cifar10", epochs=10),
     smoke=TrainConfig(model="lenet5", epochs=1, limit_train=64, batch_size=32, image_size=8),
 )
 ADDER: Mapping[str, Any] = {"eta": 0.4, "model_options": ("norm=centered_batch",)}
