@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.common.errors import UserError, status_of
-from experiments.common.files import read_json
-from experiments.training.config import Parser, TrainConfig
+from experiments.training.config import Parser, TrainConfig, from_record
+from experiments.training.folder import read_fingerprint, read_result
 
 if TYPE_CHECKING:
     from experiments.images.dataset import Dataset
@@ -70,14 +70,16 @@ def export(argv: Sequence[str]) -> int:
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} must be an empty folder or a new one")
-    dataset, program = quantized(Path(options.run), options.data_dir, options.bits,
-                                 options.calibration)  # fmt: skip
+    folder = Path(options.run)
+    result = read_result(folder)
+    if result is None:
+        raise UserError(f"{folder}: expected the folder of a finished run")
+    dataset, program = quantized(folder, options.data_dir, options.bits, options.calibration)
     images = np.asarray(dataset.test_images[: options.vectors])
     try:
         export_c(program, out, target=options.target, name=options.name, images=images)
     except ValueError as error:
         raise UserError(str(error)) from error
-    result = read_json(Path(options.run) / "result.json")
     print(f"test accuracy: {result['test_accuracy']:.2%} in floats, "
           f"{accuracy(program, dataset):.2%} in bytes")  # fmt: skip
     print(f"{out}: C for {options.target}; its README.md has the sizes, `make check` compares")
@@ -96,12 +98,10 @@ def quantized(
     from experiments.images.load import load
     from experiments.training.teacher import load_teacher
 
-    if not (folder / "result.json").is_file():
-        raise UserError(f"{folder}: expected the folder of a finished run")
-    saved = read_json(folder / "config.json")["run"]
+    theirs = from_record(read_fingerprint(folder), folder / "config.json")
     dataset = load(
-        saved["dataset"], data_dir, image_size=saved["image_size"],
-        limit_train=saved["limit_train"], validation=saved.get("validation", 0),
+        theirs.dataset, data_dir, image_size=theirs.image_size, limit_train=theirs.limit_train,
+        validation=theirs.validation,
     )  # fmt: skip
     try:
         network = load_teacher(dataclasses.replace(TrainConfig(), teacher=str(folder)), dataset)
@@ -114,9 +114,7 @@ def quantized(
 
     images = np.asarray(dataset.train_images[:calibration])
     try:
-        program = jadder.quantize(
-            logits, images, bits=bits, mean=dataset.mean, std=dataset.std
-        )
+        program = jadder.quantize(logits, images, bits=bits, mean=dataset.mean, std=dataset.std)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     return dataset, program

@@ -1,5 +1,7 @@
 """Where a run's network begins: anew, or with what an earlier run has learnt."""
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,16 @@ from jadder.nn import adder_mask
 CALIBRATION_IMAGES = 512
 
 
-def starting_model(config: TrainConfig, family: str, dataset: Dataset) -> nnx.Module:
+def starting_model(
+    config: TrainConfig, family: str, dataset: Dataset, after: frozenset[str] = frozenset()
+) -> nnx.Module:
     """The network of one family as its training finds it.
+
+    Args:
+        config: of the run.
+        family: of its families.
+        dataset: its images.
+        after: folders of the runs that begin with this one, directly or not.
 
     Raises:
         UserError: the network cannot be built, or not begin where the configuration says.
@@ -32,7 +42,7 @@ def starting_model(config: TrainConfig, family: str, dataset: Dataset) -> nnx.Mo
     if config.start is not None:
         folder = Path(config.start)
         try:
-            _, (params, rest) = trained(folder, dataset)
+            _, (params, rest) = trained(folder, dataset, after)
             model = _with_state(model, params, rest)
         except UserError as error:
             raise UserError(f"--start {folder}: {error}", error.status) from None
@@ -58,13 +68,23 @@ def _with_state(model: nnx.Module, params: Any, rest: Any) -> nnx.Module:
     return merged
 
 
-def trained(folder: Path, dataset: Dataset) -> tuple[Any, tuple[Any, Any]]:
+def trained(
+    folder: Path, dataset: Dataset, after: frozenset[str] = frozenset()
+) -> tuple[Any, tuple[Any, Any]]:
     """The structure of a finished run's network, its parameters and what else it keeps.
+
+    Args:
+        folder: of the run.
+        dataset: its images.
+        after: as of `starting_model`.
 
     Raises:
         UserError: there is no such run, it has not finished, or it was trained or tested on other
             images than `dataset`.
     """
+    place = os.path.realpath(folder)
+    if place in after:
+        raise UserError("it begins with itself")
     if read_result(folder) is None:
         raise UserError("expected the folder of a finished run")
     saved, where = read_fingerprint(folder), folder / "config.json"
@@ -75,7 +95,9 @@ def trained(folder: Path, dataset: Dataset) -> tuple[Any, tuple[Any, Any]]:
     if not saved_steps(folder):
         raise UserError("it has no checkpoint")
     choose_model(theirs.model, dataset)
-    model = starting_model(theirs, theirs.family[0], dataset)
+    if theirs.bits is None:  # whose grids are those of the network that it began with
+        theirs = dataclasses.replace(theirs, start=None)
+    model = starting_model(theirs, theirs.family[0], dataset, after | {place})
     recipe = optimizer.choose(theirs)
     tx = optimizer.make(theirs, recipe, lambda count: jnp.zeros(()), adder_mask(model))
     dtype = jnp.dtype("float64" if theirs.dtype == "float64" else "float32")

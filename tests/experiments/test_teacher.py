@@ -151,6 +151,16 @@ def test_damaged_teachers(
     assert text in str(caught.value)
 
 
+def test_a_run_that_begins_with_itself(taught: Run, dataset: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(taught.folder, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    record["run"] |= {"start": str(tmp_path / "run"), "bits": 4}
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="begins with itself"):
+        load_teacher(dataclasses.replace(CONFIG, teacher=str(tmp_path / "run")), dataset)
+
+
 def test_a_teacher_without_checkpoints(taught: Run, dataset: Dataset, tmp_path: Path) -> None:
     shutil.copytree(taught.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
