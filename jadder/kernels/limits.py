@@ -7,7 +7,6 @@ from jax.typing import DTypeLike
 
 from jadder.kernels.spec import ConvSpec
 
-
 FACTOR = 2**31 - 1
 """The largest stride, dilation or padding: their products with sizes stay far from 2⁶³."""
 POSITION = 2**56
