@@ -11,10 +11,10 @@ adder forms also take integers with ``preferred_element_type=jnp.int32``: exact,
 sums of so many 8- or 16-bit differences need not fit. Differences and sums of wider integers must
 fit for themselves.
 
-The first derivative of an adder form follows its rule. A second one, of any implementation, is the
-first one's own derivative: with ``x`` and ``g`` what the rule was given, that of ψ_x(w - x) g, and of
-the product as -Σ|x - w|. Forward-mode differentiation (``jvp``, ``jacfwd``) of an adder form raises,
-as for every ``jax.custom_vjp``; of its gradient, as in ``jax.hessian``, it works.
+The first derivative of an adder form follows its rule. A second one, with any implementation, is
+the derivative of the first one as the function that it is, with d|d|/dd = sign(d). Forward-mode
+differentiation (``jvp``, ``jacfwd``) of an adder form raises, as for every ``jax.custom_vjp``; of
+its gradient, as in ``jax.hessian``, it works.
 
 Of sharded arrays each device computes with its blocks: batch, features, contraction and groups stay
 as they are sharded, and a sum over devices is one all-reduce (README.md, "Many devices").

@@ -328,7 +328,9 @@ def test_integer_sums_that_need_not_fit_are_refused(dtype, most, implementation)
     conv = functools.partial(ops.adder_conv, **options, padding="VALID")
     assert jax.eval_shape(matmul, shape(2, most), shape(most, 3)).shape == (2, 3)
     assert jax.eval_shape(conv, shape(1, most // 2, 2), shape(most // 2, 2, 3)).shape == (1, 1, 3)
-    with pytest.raises(ValueError, match=f"sum of {most} differences of {dtype}, not of {most + 1}"):
+    with pytest.raises(
+        ValueError, match=f"sum of {most} differences of {dtype}, not of {most + 1}"
+    ):
         jax.eval_shape(matmul, shape(2, most + 1), shape(most + 1, 3))
     with pytest.raises(ValueError, match=f"sum of {most} differences of {dtype}"):
         jax.eval_shape(conv, shape(1, most // 2 + 1, 2), shape(most // 2 + 1, 2, 3))
@@ -349,7 +351,9 @@ def test_forward_mode_of_adder_products_raises(forward_mode):
 
 @pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
 @pytest.mark.parametrize("conv", [False, True])
-def test_an_implementation_for_other_hardware_says_so_when_it_is_lowered(name, conv, tmp_path, monkeypatch):
+def test_an_implementation_for_other_hardware_says_so_when_it_is_lowered(
+    name, conv, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     about = jadder.implementations()[name]
     assert not about.available
@@ -358,7 +362,9 @@ def test_an_implementation_for_other_hardware_says_so_when_it_is_lowered(name, c
     def gradient(x):
         def loss(x):
             if conv:
-                return ops.adder_conv(x[None, :, :, None], jnp.ones((2, 2, 1, 1)), implementation=name).sum()
+                return ops.adder_conv(
+                    x[None, :, :, None], jnp.ones((2, 2, 1, 1)), implementation=name
+                ).sum()
             return ops.adder_matmul(x, jnp.ones((4, 5)), implementation=name).sum()
 
         return jax.vmap(jax.grad(loss))(x)

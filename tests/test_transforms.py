@@ -104,6 +104,111 @@ def test_scan_is_a_loop(problem):
     agree(jax.jit(lambda w, xs: lax.scan(step, w, xs))(w, xs), (expected, np.stack(values)))
 
 
+SECOND_RULES = (GradientRule(), SIGN, GradientRule((4, 1), (1, 2)))
+
+
+def gradient_of(product, rule, implementation):
+    """The gradient of a scalar function of (x, w)."""
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(product(x, w, rule=rule, implementation=implementation)))
+
+    return jax.grad(loss, (0, 1))
+
+
+@pytest.mark.parametrize("rule", SECOND_RULES)
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_second_derivatives_are_the_slopes_of_the_first(implementation, name, rule):
+    """Forward over reverse, reverse over reverse, and finite differences."""
+    product, *shapes = PRODUCTS[name]
+    gradient = jax.jit(gradient_of(product, rule, implementation))
+    point, way, other = (normal(seed, *shapes) for seed in (5, 6, 7))
+
+    def moved(t):
+        return gradient(*(a + t * v for a, v in zip(point, way, strict=True)))
+
+    def along_other(x, w):
+        return sum(jnp.vdot(a, b) for a, b in zip(gradient(x, w), other, strict=True))
+
+    with jax.enable_x64(True):
+        step = 1e-7
+        slopes = jax.tree.map(lambda b, a: (b - a) / (2 * step), moved(step), moved(-step))
+        _, tangents = jax.jvp(gradient, point, way)
+        for actual, expected in zip(tangents, slopes, strict=True):
+            scale = np.abs(expected).max(initial=1)
+            np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-6)
+        pulled = jax.grad(along_other, (0, 1))(*point)
+        agree(
+            sum(jnp.vdot(a, b) for a, b in zip(pulled, way, strict=True)),
+            sum(jnp.vdot(a, b) for a, b in zip(tangents, other, strict=True)),
+        )
+
+
+@pytest.mark.parametrize("rule", SECOND_RULES)
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("implementation", [*implementations("cpu", "cpu_fast"), None])
+def test_second_derivatives_of_native_kernels_are_xla_s(implementation, name, rule):
+    """Through jit, vmap, remat and nested gradients; of third order too."""
+    product, *shapes = PRODUCTS[name]
+    x, w = (a.astype(np.float32) for a in normal(5, *shapes))
+
+    def penalty(x, w, which):
+        gradient = jax.checkpoint(gradient_of(product, rule, which))
+        return sum(jnp.sum(a**2) for a in gradient(x, w))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def derivatives(x, w, which):
+        first = jax.grad(penalty, (0, 1))
+        mapped = jax.vmap(lambda t: first(x + t, w, which))(jnp.arange(2.0))
+        third = jax.grad(lambda x: jnp.sum(first(x, w, which)[0] ** 2))(x)
+        corner = jax.hessian(lambda c: penalty(x.at[(0,) * x.ndim].set(c), w, which))(x.flat[0])
+        return mapped, third, corner
+
+    ours, theirs = (derivatives(x, w, which) for which in (implementation, "xla"))
+    for actual, expected in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        scale = np.abs(expected).max(initial=1)
+        np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-4)
+
+
+@each_implementation
+def test_second_derivatives_in_shard_map(implementation):
+    x, w = (a.astype(np.float32) for a in normal(5, (4, 6), (6, 5)))
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def penalty(x, w):
+        return jnp.sum(gradient_of(adder_matmul, GradientRule(), implementation)(x, w)[0] ** 2)
+
+    def sharded(x, w):
+        return lax.psum(penalty(x, w), "i")
+
+    specs = PartitionSpec("i"), PartitionSpec()
+    mapped = jax.shard_map(sharded, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    with jax.enable_x64(X64[implementation]):
+        agree(jax.jit(jax.grad(mapped, (0, 1)))(x, w), jax.grad(penalty, (0, 1))(x, w))
+
+
+def test_second_derivatives_need_no_memory_for_each_term():
+    x, w = jnp.zeros((1024, 256)), jnp.zeros((256, 256))
+
+    def penalty(x, w):
+        return sum(jnp.sum(a**2) for a in gradient_of(adder_matmul, GradientRule(), None)(x, w))
+
+    program = jax.jit(jax.grad(penalty, (0, 1))).lower(x, w).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 16 * 2 * x.nbytes
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_second_derivatives_lower_for_other_hardware(platform):
+    name = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}[platform]
+
+    def loss(x, w):
+        return jnp.sum(adder_matmul(x, w, implementation=name) ** 2)
+
+    x = jnp.zeros((16, 16))
+    jax.jit(jax.hessian(loss)).trace(x, x).lower(lowering_platforms=(platform,))
+
+
 @each_implementation
 def test_jacrev_is_the_gradient_of_each_output(implementation):
     x, w = normal(0, (2, 4), (4, 3))

@@ -46,10 +46,10 @@ def conv_dx(
     """dx = scale · (the transposed convolution of g with w, minus x times that with ones)."""
     x, w, g = x.astype(out_dtype), w.astype(out_dtype), g.astype(out_dtype)
     groups = spec.feature_group_count
-    pulled = _transpose_x(x, w, g, spec, precision)
+    pulled = transpose_x(x, w, g, spec, precision)
     by_group = g.reshape(*g.shape[:-1], groups, -1).sum(-1)
     ones = jnp.ones((*w.shape[:-2], 1, groups), out_dtype)
-    g_sum = _transpose_x(x[..., :groups], ones, by_group, spec, precision)
+    g_sum = transpose_x(x[..., :groups], ones, by_group, spec, precision)
     return clip.scale * (pulled - x * jnp.repeat(g_sum, x.shape[-1] // groups, axis=-1))
 
 
@@ -114,7 +114,7 @@ def conv_product(x: Array, w: Array, spec: ConvSpec, precision: lax.PrecisionLik
     )
 
 
-def _transpose_x(
+def transpose_x(
     x: Array, w: Array, g: Array, spec: ConvSpec, precision: lax.PrecisionLike
 ) -> Array:
     transpose = jax.linear_transpose(lambda x: conv_product(x, w, spec, precision), x)

@@ -34,7 +34,8 @@ Blocks are of 1024 lanes and up to 256 rows, to need few transfers, with as much
 beside them in 12 of the 16 MiB of VMEM that a kernel has by default, transfers double-buffered. The
 result's block stays in VMEM while k runs and is the accumulator. A block of positions sees those
 after it that a tap reaches through further blocks of the same operand. Where the blocks of the
-widest window do not fit (a dilation of tens of thousands), or of which there are thousands, `xla` computes the convolution.
+widest window do not fit (a dilation of tens of thousands), or there are thousands of phases, `xla`
+computes the convolution.
 
 NaN and infinities are the reference's, except as in `xla`: where a window hangs over the edge, a
 gradient of the input meets zeros for the missing outputs, and ψ(NaN) · 0 is NaN: a kernel with NaN

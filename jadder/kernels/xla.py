@@ -12,6 +12,7 @@ own, so that a derivative of the loop keeps nothing of a turn: its temporaries, 
 operands' sizes.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -223,9 +224,9 @@ def conv_dw(
 def undefined_dx(x: Array, w: Array, out: Sequence[int], spec: ConvSpec) -> Array | None:
     """Where `conv_dx` is NaN because ψ(w - x) is, as x's shape; None if all windows lie inside.
 
-    ψ(NaN) · 0 is NaN. Where windows hang over the edge, a kernel that puts zeros in the place of the
-    outputs that are not there must be given no NaN and no infinities that cancel, and has its result
-    marked afterwards.
+    ψ(NaN) · 0 is NaN. Where windows hang over the edge, a kernel that puts zeros in the place of
+    the outputs that are not there must be given no NaN and no infinities that cancel, and has its
+    result marked afterwards.
 
     Args:
       out: the output's spatial shape.
@@ -235,22 +236,20 @@ def undefined_dx(x: Array, w: Array, out: Sequence[int], spec: ConvSpec) -> Arra
     near = [without_distant_taps(d, n) for d, n in zip(dimensions, out, strict=True)]
     if not any(any(reach(d, n)) for d, n in zip(near, out, strict=True)):
         return None
-    taps = by_tap(w, groups)
+    taps = w.reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
     kinds = [jnp.isnan(taps), taps == jnp.inf, taps == -jnp.inf]
-    marks = [jnp.moveaxis(jnp.any(kind, axis=3), 1, 2) for kind in kinds]  # (taps, groups, C)
-    marks.append(jnp.ones((*marks[0].shape[:2], 1), bool))
-    lanes = jnp.concatenate(marks, axis=2).astype(jnp.float32)[:, None]
-
-    def phase_sum(source: Array, phase: Targets) -> Array:
-        counts = zeros_like_operands((1, *phase.counts, *lanes.shape[2:]), jnp.float32, x, w)
-        return sum_taps(counts, source, lanes, phase, lambda row, lane: row * lane)
-
-    met = each_phase(jnp.ones((1, *out, 1, 1), jnp.float32), dimensions, window, phase_sum) > 0
-    channels = taps.shape[1]
+    marks = [jnp.swapaxes(jnp.any(kind, axis=-1), -1, -2).reshape(*window, -1) for kind in kinds]
+    marks.append(jnp.ones((*window, 1), bool))
+    # How often each pixel meets each mark, in any channel: the transpose of a small convolution.
+    weights = jnp.concatenate(marks, axis=-1).astype(jnp.float32)[..., None]
+    outputs = zeros_like_operands((1, *out, 1), jnp.float32, x, w) + 1
+    pixels = zeros_like_operands((1, *x.shape[1:-1], weights.shape[-2]), jnp.float32, x, w)
+    one_group = dataclasses.replace(spec, feature_group_count=1)
+    met = linear.transpose_x(pixels, weights, outputs, one_group, None) > 0
+    channels = x.shape[-1]
     nan, above, below, anything = jnp.split(met, [channels, 2 * channels, 3 * channels], axis=-1)
-    x = split_groups(x, groups)
     undefined = nan | (anything & jnp.isnan(x)) | (above & (x == jnp.inf))
-    return merge_groups(undefined | (below & (x == -jnp.inf)))
+    return undefined | (below & (x == -jnp.inf))
 
 
 class Targets(NamedTuple):

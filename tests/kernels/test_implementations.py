@@ -298,8 +298,7 @@ class TestImplementation:
         assert dx.shape == x.shape
         np.testing.assert_array_equal(dw, np.full(w.shape, -2 * np.prod(out)))
 
-    @pytest.mark.parametrize("strides", [1, 2])
-    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize(("strides", "groups"), [(1, 2), (2, 1)])
     def test_a_bad_value_spoils_what_meets_it_and_nothing_else(
         self, implementation, strides, groups
     ):
@@ -316,16 +315,16 @@ class TestImplementation:
             bad_x, bad_w = x.copy(), w.copy()
             bad_x[0, 2, 1, 0], bad_w[0, 0, 0, 0], bad_x[1, 5, 4, 3] = value, value, np.nan
             spoilt += [(bad_x, w), (x, bad_w), (bad_x, bad_w)]
+
+        def pullback(which, x, w):
+            product = functools.partial(adder_conv, rule=rule, implementation=which, **options)
+            return jax.vjp(product, x, w)[1](jnp.asarray(g))
+
+        ours, exact = (
+            jax.jit(functools.partial(pullback, which)) for which in (implementation, "reference")
+        )
         for operands in spoilt:
-            ours, exact = (
-                value_and_pullback(
-                    functools.partial(adder_conv, rule=rule, implementation=which, **options),
-                    *operands,
-                    g,
-                )
-                for which in (implementation, "reference")
-            )
-            for actual, expected in zip(ours, exact, strict=True):
+            for actual, expected in zip(ours(*operands), exact(*operands), strict=True):
                 np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize(
@@ -361,9 +360,7 @@ class TestImplementation:
             seen[met] = x[0, at[met] // lhs]
             d = seen[..., None] - w[tap]
             expected[0] -= np.abs(d).sum(1)
-            np.add.at(
-                exact_dx[0], at[met] // lhs, (np.clip(-d, -1, 1) * g[0, :, None]).sum(2)[met]
-            )
+            np.add.at(exact_dx[0], at[met] // lhs, (np.clip(-d, -1, 1) * g[0, :, None]).sum(2)[met])
             exact_dw[tap] = (d * g[0, :, None]).sum(0)
         assert_close(y.astype(np.float64), expected, 2e-6)
         assert_close(dx.astype(np.float64), exact_dx, 1e-5)

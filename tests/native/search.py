@@ -3,10 +3,11 @@
     python -m tests.native.search [--cases N] [--seed S] [--sanitize]
 
 Three kinds of cases, N of each: configurations of the public products, their results and gradients
-compared with sums in float64; calls with arguments up to 2⁶⁴, through the public products; and calls
-of the native handlers themselves with shapes and attributes that need not fit together. A call either
-is right or raises an error that says why. With --sanitize the native library is built for it with the
-address and undefined-behaviour sanitizers, which end the process at the first report.
+compared with sums in float64; calls with arguments up to 2⁶⁴, through the public products; and
+calls of the native handlers themselves with shapes and attributes that need not fit together. A
+call either is right or raises an error that says why. With --sanitize the native library is built
+for it with the address and undefined-behaviour sanitizers, which end the process at the first
+report.
 
 JADDER_CPU_ISA chooses the instruction set.
 """
@@ -88,8 +89,10 @@ class Window:
     @property
     def crops_all(self):
         """Whether padding takes away more than there is, which lax refuses."""
-        spans = [(n - 1) * d + 1 if n else 0 for n, d in zip(self.x[1:3], self.lhs_dilation)]
-        return any(n + low + high < 0 for n, (low, high) in zip(spans, self.padding))
+        spans = [
+            (n - 1) * d + 1 if n else 0 for n, d in zip(self.x[1:3], self.lhs_dilation, strict=True)
+        ]
+        return any(n + low + high < 0 for n, (low, high) in zip(spans, self.padding, strict=True))
 
     @property
     def attributes(self):
@@ -119,7 +122,7 @@ class Window:
                 of_g = g[..., None, f]
                 y[..., f] -= np.abs(difference).sum(-2)
                 dw[(*tap, slice(None), f)] += (psi(clip_w, difference) * of_g).sum((0, 1, 2))
-                part = np.zeros(dx.shape[:-1] + (channels,))
+                part = np.zeros((*dx.shape[:-1], channels))
                 part[at] = (psi(clip_x, -difference) * of_g).sum(-1)[here]
                 dx[..., c] += part
         return y, dx, dw
@@ -175,7 +178,9 @@ def random_window(rng, *, hostile=False):
 def compare(what, actual, expected, tolerance):
     actual = np.asarray(actual, np.float64).reshape(expected.shape)
     scale = max(1.0, np.abs(expected).max(initial=0))
-    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=tolerance, err_msg=what)
+    np.testing.assert_allclose(
+        actual / scale, expected / scale, rtol=0, atol=tolerance, err_msg=what
+    )
 
 
 def random_clips(rng):
@@ -216,8 +221,9 @@ def check_configuration(rng, implementations):
         y, pullback = jax.vjp(lambda x, w: jadder.adder_conv(x, w, **options), x, w)
         return y, *pullback(g.reshape(y.shape))
 
+    exact = case.sums(x, w, g, *clips)
     results = run(*(jnp.asarray(a, dtype) for a in (x.reshape(x_shape), w.reshape(w_shape), g)))
-    for name, actual, expected in zip("y dx dw".split(), results, case.sums(x, w, g, *clips)):
+    for name, actual, expected in zip(["y", "dx", "dw"], results, exact, strict=True):
         compare(f"{name} of {case} {options} {dtype}", actual, expected, TOLERANCES[dtype])
     return "conv"
 
@@ -281,8 +287,12 @@ def check_hostile(rng, implementations):
     floats = [jnp.asarray(a, jnp.float32) for a in (x, w)]
     try:
         out = jax.eval_shape(product, *floats).shape
-    except (ValueError, TypeError) as error:
-        assert "adder_conv" in str(error), error
+    except (ValueError, TypeError) as refusal:
+        error = str(refusal)
+    else:
+        error = None
+    if error is not None:
+        assert "adder_conv" in error, error
         return "refused"
     assert case.is_valid, case
     assert out == case.out, (case, out)
@@ -336,8 +346,12 @@ def check_handler(rng, _):
     call = jax.ffi.ffi_call(f"jadder_{name}", jax.ShapeDtypeStruct(result, jnp.float32))
     try:
         actual = np.asarray(call(*operands, **attributes))
-    except jax.errors.JaxRuntimeError as error:
-        assert "INVALID_ARGUMENT: jadder" in str(error), error
+    except jax.errors.JaxRuntimeError as refusal:
+        error = str(refusal)
+    else:
+        error = None
+    if error is not None:
+        assert "INVALID_ARGUMENT: jadder" in error, error
         assert changed or not case.is_valid, (case, error)
         return "refused"
     final = dataclasses.replace(case, x=shapes[0], w=shapes[1])
@@ -381,9 +395,7 @@ def build_sanitized(directory, compiler):
         kernels = source.name.endswith("kernels.cc")
         for name, flags in sets.items() if kernels else [("", [])]:
             objects.append(Path(directory) / f"{source.stem}{name}.o")
-            subprocess.run(
-                [*command, version, *flags, "-c", source, "-o", objects[-1]], check=True
-            )
+            subprocess.run([*command, version, *flags, "-c", source, "-o", objects[-1]], check=True)
     library = Path(directory) / "_native" / cpu._LIBRARY
     library.parent.mkdir()
     subprocess.run([*command, "-shared", *objects, "-o", library], check=True)
@@ -406,7 +418,9 @@ def run_sanitized(arguments):
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         command = [sys.executable, "-m", "tests.native.search", "--library", directory]
-        raise SystemExit(subprocess.run([*command, *arguments], env=environment, cwd=ROOT).returncode)
+        raise SystemExit(
+            subprocess.run([*command, *arguments], env=environment, cwd=ROOT).returncode
+        )
 
 
 def main():
