@@ -17,10 +17,12 @@ def test_the_twin_computes_what_the_network_does(name, size, tmp_path):
     expected = np.asarray(model(images))
     onnx_twin.export(model, size, tmp_path / "float.onnx")
     onnx_twin.quantize(tmp_path / "float.onnx", images.transpose(0, 3, 1, 2), tmp_path / "int8.onnx")
-    for kind, tolerance in (("float", 1e-3), ("int8", 0.5)):
+    logits = {}
+    for kind in ("float", "int8"):
         session = onnx_twin.session(tmp_path / f"{kind}.onnx", threads=1)
-        (logits,) = session.run(None, {"images": images.transpose(0, 3, 1, 2)})
-        assert np.abs(logits - expected).max() < tolerance * expected.std()
+        (logits[kind],) = session.run(None, {"images": images.transpose(0, 3, 1, 2)})
+    np.testing.assert_allclose(logits["float"], expected, rtol=0, atol=2e-3 * expected.std())
+    assert np.corrcoef(logits["int8"].ravel(), expected.ravel())[0, 1] > 0.8
 
 
 def test_it_runs(tmp_path, capsys):
