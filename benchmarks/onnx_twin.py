@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from flax import nnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
@@ -49,7 +48,7 @@ def export(model: ResNet, size: int, path: Path) -> None:
     x = graph.add("Flatten", graph.add("GlobalAveragePool", x))
     weights, bias = _folded(model.fc, model.bn2)
     x = graph.add("Gemm", x, graph.constant(weights), graph.constant(bias))
-    shape = ["batch", model.channels, size, size]
+    shape: Any = ["batch", model.channels, size, size]
     made = helper.make_graph(
         graph.nodes,
         "resnet",
@@ -129,7 +128,7 @@ class _Graph:
         return self.add("Relu", self.add("Add", x, shortcut))
 
 
-def _folded(product: nnx.Module | Any, norm: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+def _folded(product: Any, norm: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """Kernel and bias of a product and the batch norm after it."""
     scale = np.asarray(norm.scale[...]) / np.sqrt(np.asarray(norm.var[...]) + norm.epsilon)
     offset = 0.0 if product.bias is None else np.asarray(product.bias[...])
