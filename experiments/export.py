@@ -114,9 +114,7 @@ def quantized(
 
     images = np.asarray(dataset.train_images[:calibration])
     try:
-        program = jadder.quantize(
-            logits, images, bits=bits, mean=dataset.mean, std=dataset.std
-        )
+        program = jadder.quantize(logits, images, bits=bits, mean=dataset.mean, std=dataset.std)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     return dataset, program

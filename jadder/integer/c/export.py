@@ -15,43 +15,7 @@ from jadder.integer.program import IntegerProgram
 
 _RANDOM_IMAGES = 3
 _KEYWORDS = frozenset(
-    [
-        "auto",
-        "break",
-        "case",
-        "char",
-        "const",
-        "continue",
-        "default",
-        "do",
-        "double",
-        "else",
-        "enum",
-        "extern",
-        "float",
-        "for",
-        "goto",
-        "if",
-        "inline",
-        "int",
-        "long",
-        "register",
-        "restrict",
-        "return",
-        "short",
-        "signed",
-        "sizeof",
-        "static",
-        "struct",
-        "switch",
-        "typedef",
-        "union",
-        "unsigned",
-        "void",
-        "volatile",
-        "while",
-        "main",
-    ]
+    ["auto", "break", "case", "char", "const", "continue", "default", "do", "double", "else", "enum", "extern", "float", "for", "goto", "if", "inline", "int", "long", "main", "register", "restrict", "return", "short", "signed", "sizeof", "static", "struct", "switch", "typedef", "union", "unsigned", "void", "volatile", "while"]
 )
 
 
@@ -92,7 +56,7 @@ def export_c(
       >>> from jadder.integer import Activation, Convolution, IntegerProgram, Requantization
       >>> logits = Convolution(
       ...     0, "adder", np.zeros((1, 1, 4, 2), np.uint8),
-      ...     Requantization(np.full(2, -1, np.int32), np.zeros(2, np.int64), 0, -(2**31), 2**31 - 1),
+      ...     Requantization(np.full(2, -1, np.int32), np.zeros(2, np.int64), 0, -(2**31), 0),
       ...     Activation((1, 1, 2), (0.5,), dtype="int32"),
       ... )
       >>> program = IntegerProgram(Activation((1, 1, 4), (0.5,)), (logits,))
