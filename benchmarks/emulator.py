@@ -65,7 +65,8 @@ __attribute__((no_builtin)) void *memset(void *to, int value, size_t size) {
   while (size--) *byte++ = (uint8_t)value;
   return to;
 }
-__attribute__((no_builtin)) void *memcpy(void *restrict to, const void *restrict from, size_t size) {
+__attribute__((no_builtin))
+void *memcpy(void *restrict to, const void *restrict from, size_t size) {
   uint8_t *a = to;
   const uint8_t *b = from;
   for (; size >= 4; size -= 4, a += 4, b += 4) {
@@ -122,9 +123,7 @@ def missing() -> list[str]:
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def build(
-    folders: Sequence[Path], machine: Machine, into: Path, *, marks: bool = False
-) -> Path:
+def build(folders: Sequence[Path], machine: Machine, into: Path, *, marks: bool = False) -> Path:
     """Compiles exported networks and links them together.
 
     Args:

@@ -16,7 +16,9 @@ def test_the_twin_computes_what_the_network_does(name, size, tmp_path):
     model = integer.random_network(name, "conv", images)
     expected = np.asarray(model(images))
     onnx_twin.export(model, size, tmp_path / "float.onnx")
-    onnx_twin.quantize(tmp_path / "float.onnx", images.transpose(0, 3, 1, 2), tmp_path / "int8.onnx")
+    onnx_twin.quantize(
+        tmp_path / "float.onnx", images.transpose(0, 3, 1, 2), tmp_path / "int8.onnx"
+    )
     logits = {}
     for kind in ("float", "int8"):
         session = onnx_twin.session(tmp_path / f"{kind}.onnx", threads=1)

@@ -97,9 +97,7 @@ class Emulated:
     def load(self, index: int) -> emulator.Emulator:
         """A machine with the network of that number."""
         size = self.codes[index].plan.size
-        return emulator.Emulator(
-            self.elf, f"n{index}", self._machine, size, self._outputs[index]
-        )
+        return emulator.Emulator(self.elf, f"n{index}", self._machine, size, self._outputs[index])
 
 
 def needs_emulator() -> Any:

@@ -68,7 +68,12 @@ def _convolution(draw: st.DrawFn, random: Any, values: list[Activation]) -> Conv
 
 
 def _requantization(
-    draw: st.DrawFn, random: Any, values: list[Activation], shape: Any, mean: float, deviation: float
+    draw: st.DrawFn,
+    random: Any,
+    values: list[Activation],
+    shape: Any,
+    mean: float,
+    deviation: float,
 ) -> Requantization:
     features = shape[2]
     shift = draw(st.sampled_from([32, 32, 32, 35, 24, 16]))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from jadder.integer import IntegerProgram
 from tests.integer import oracle
+from tests.integer.cifar_resnets import resnet
 from tests.integer.compiled import Emulated, needs_emulator
 from tests.integer.layers import chains
-from tests.integer.cifar_resnets import resnet
 from tests.integer.programs import images, programs
 
 pytestmark = needs_emulator()

@@ -31,8 +31,9 @@ def small(**options):
     return ResNet((1, 1), options.pop("block", BasicBlock), 5, **options)
 
 
-# ResNet-8: 77,360 kernel elements and 692 of normalisation. CIFAR: 270,896 kernel elements and 1,588 of normalisation. ImageNet: torchvision's published
-# 11,689,512, 21,797,672 and 25,557,032, and 2 · 1000 for the normalisation of the logits.
+# Kernel elements and those of normalisation: ResNet-8 77,360 and 692, ResNet-20 270,896 and 1,588.
+# ImageNet: torchvision's published 11,689,512, 21,797,672 and 25,557,032, and 2 · 1000 for
+# the normalisation of the logits.
 @pytest.mark.parametrize(
     ("make", "parameters"),
     [
@@ -80,7 +81,7 @@ def multiply_accumulates(jaxpr):
     return total
 
 
-# Millions, of one image: torchvision's model table; for ResNet-8 and ResNet-20 with 1 x 1 shortcuts by hand.
+# Millions, of one image: torchvision's model table; for CIFAR with 1 x 1 shortcuts by hand.
 @pytest.mark.parametrize(
     ("make", "side", "millions"),
     [

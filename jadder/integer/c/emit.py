@@ -170,9 +170,9 @@ class _Emitter:
     def _scratch(self, index: int) -> int:
         operation, choice = self.program.operations[index], self.choices[index]
         size = scratch_bytes(operation, choice, operation.output)
-        if choice.way == "thumb" and isinstance(operation, Convolution):
-            if operation.product == "multiply":
-                size += operation.kernel.shape[0] * 32 * self._blocks(operation)
+        convolves = isinstance(operation, Convolution) and operation.product == "multiply"
+        if choice.way == "thumb" and convolves:
+            size += operation.kernel.shape[0] * 32 * self._blocks(operation)
         return size
 
     def _blocks(self, operation: Convolution) -> int:
@@ -314,7 +314,7 @@ class _Emitter:
         vector = self.choices[index].way == "vector"
         layout = self.plan.layouts[operation.input]
         source = self.program.values[operation.input]
-        height, width, channels, features = operation.kernel.shape
+        height, _, channels, features = operation.kernel.shape
         groups = operation.feature_group_count
         (down, across), (gap, side_gap) = operation.strides, operation.kernel_dilation
         fill = source.zero_point[0] if operation.product == "adder" else 0

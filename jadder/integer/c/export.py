@@ -35,6 +35,7 @@ _KEYWORDS = frozenset(
         "inline",
         "int",
         "long",
+        "main",
         "register",
         "restrict",
         "return",
@@ -50,7 +51,6 @@ _KEYWORDS = frozenset(
         "void",
         "volatile",
         "while",
-        "main",
     ]
 )
 
@@ -92,7 +92,7 @@ def export_c(
       >>> from jadder.integer import Activation, Convolution, IntegerProgram, Requantization
       >>> logits = Convolution(
       ...     0, "adder", np.zeros((1, 1, 4, 2), np.uint8),
-      ...     Requantization(np.full(2, -1, np.int32), np.zeros(2, np.int64), 0, -(2**31), 2**31 - 1),
+      ...     Requantization(np.full(2, -1, np.int32), np.zeros(2, np.int64), 0, -(2**31), 0),
       ...     Activation((1, 1, 2), (0.5,), dtype="int32"),
       ... )
       >>> program = IntegerProgram(Activation((1, 1, 4), (0.5,)), (logits,))

@@ -254,9 +254,9 @@ def readme(program: IntegerProgram, target: Target, name: str, code: Code, count
         "of a C library only `memcpy` and `memset`. It is reentrant: all that it writes is the "
         f"output and the arena. Every name that is seen from outside begins with `{name}_`.",
         "",
-        f"`make check` computes {count} images and compares with what the network gave where it was "
-        f"made, bit for bit. `-D{upper}_AFTER(i)=...` puts a statement after each operation, to "
-        "measure them one by one.",
+        f"`make check` computes {count} images and compares with what the network gave where it "
+        f"was made, bit for bit. `-D{upper}_AFTER(i)=...` puts a statement after each "
+        "operation, to measure them one by one.",
         "",
         "## Sizes",
         "",
