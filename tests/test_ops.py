@@ -327,13 +327,14 @@ def test_integer_sums_that_need_not_fit_are_refused(dtype, most, implementation)
     matmul = functools.partial(ops.adder_matmul, **options)
     conv = functools.partial(ops.adder_conv, **options, padding="VALID")
     assert jax.eval_shape(matmul, shape(2, most), shape(most, 3)).shape == (2, 3)
-    assert jax.eval_shape(conv, shape(1, most // 2, 2), shape(most // 2, 2, 3)).shape == (1, 1, 3)
+    half = most // 2
+    assert jax.eval_shape(conv, shape(1, 2, half), shape(2, half, 3)).shape == (1, 1, 3)
     with pytest.raises(
         ValueError, match=f"sum of {most} differences of {dtype}, not of {most + 1}"
     ):
         jax.eval_shape(matmul, shape(2, most + 1), shape(most + 1, 3))
     with pytest.raises(ValueError, match=f"sum of {most} differences of {dtype}"):
-        jax.eval_shape(conv, shape(1, most // 2 + 1, 2), shape(most // 2 + 1, 2, 3))
+        jax.eval_shape(conv, shape(1, 2, half + 1), shape(2, half + 1, 3))
 
 
 def test_the_longest_sum_of_bytes_fits():
