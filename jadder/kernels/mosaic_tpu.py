@@ -37,10 +37,9 @@ after it that a tap reaches through further blocks of the same operand. Where th
 widest window do not fit (a dilation of tens of thousands), or there are thousands of phases, `xla`
 computes the convolution.
 
-NaN and infinities are the reference's, except as in `xla`: where a window hangs over the edge, a
-gradient of the input meets zeros for the missing outputs, and ψ(NaN) · 0 is NaN: a kernel with NaN
-in it spoils pixels that only taps over the edge join with that NaN. Differences below 2⁻¹²⁶ are
-no differences to the sign rule: the hardware flushes them.
+NaN and infinities are the reference's, as in `xla`: where a window hangs over the edge, a gradient
+of the input meets zeros for the missing outputs, and what must be NaN there is marked afterwards.
+Differences below 2⁻¹²⁶ are no differences to the sign rule: the hardware flushes them.
 """
 
 import dataclasses
@@ -186,6 +185,10 @@ class MosaicTpuKernels:
         dimensions = transpose_phases(spec, x.shape[1:-1], w.shape[:-2])
         if not all(dimension.are_complete for dimension in dimensions):
             return xla.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype)
+        given = x, w
+        undefined = xla.undefined_dx(x, w, g.shape[1:-1], spec)
+        if undefined is not None:
+            x, w = jnp.nan_to_num(x), jnp.nan_to_num(w)
         images, targets, filters = (
             xla.split_groups(g, groups),
             xla.split_groups(x, groups),
@@ -198,11 +201,12 @@ class MosaicTpuKernels:
                 for residue, dimension in zip(one.residues, dimensions, strict=True)
             )
             at = targets[(slice(None), *every)]
-            dx = self._window_sum(term, filters, images, at, one)
-            if dx is None:
-                return xla.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype)
-            sums.append((dx * factor).astype(out_dtype))
-        return xla.merge_groups(xla.interleave(sums, dimensions))
+            part = self._window_sum(term, filters, images, at, one)
+            if part is None:
+                return xla.conv_dx(*given, g, spec, clip, out_dtype=out_dtype)
+            sums.append((part * factor).astype(out_dtype))
+        dx = xla.merge_groups(xla.interleave(sums, dimensions))
+        return dx if undefined is None else jnp.where(undefined, jnp.nan, dx)
 
     def conv_dw(
         self,
