@@ -1,4 +1,4 @@
-"""Modules whose packages, those of the extra "bench", are not there are not looked at for doctests."""
+"""Without the packages of the extra "bench", the modules that need them have no doctests."""
 
 import importlib.util
 

@@ -170,8 +170,9 @@ class _Emitter:
     def _scratch(self, index: int) -> int:
         operation, choice = self.program.operations[index], self.choices[index]
         size = scratch_bytes(operation, choice, operation.output)
-        convolves = isinstance(operation, Convolution) and operation.product == "multiply"
-        if choice.way == "thumb" and convolves:
+        if choice.way != "thumb" or not isinstance(operation, Convolution):
+            return size
+        if operation.product == "multiply":
             size += operation.kernel.shape[0] * 32 * self._blocks(operation)
         return size
 

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -117,7 +118,7 @@ def export_c(
         shape = (_RANDOM_IMAGES, *program.input.shape)
         images = random.integers(0, program.input.maximum + 1, shape, np.uint8)
     images = check_images(program, images)
-    outputs = np.asarray(xla.run(program, images))
+    outputs = np.asarray(xla.run(program, jnp.asarray(images)))
     code = emit(program, TARGETS[target], name)
     files = make_files(program, TARGETS[target], name, code, images, outputs)
     folder.mkdir(parents=True, exist_ok=True)
