@@ -30,7 +30,7 @@ from experiments.common.interrupt import LeaveAtOnce
 from experiments.train import main as main_of_train
 
 OPTIONS = shlex.split(
-    "--family adder --model lenet5 --image-size 8 --limit-train 64 --batch-size 32 --epochs 3 "
+    "--family adder --model lenet5 --image-size 8 --limit-train 64 --batch-size 32 --epochs 6 "
     "--checkpoint-every 0.2 --name run --devices 1"
 )
 OTHER = [*OPTIONS, "--learning-rate", "0.05"]
@@ -207,7 +207,7 @@ class Attacks:
             again = ["--resume"] if (folder / "run/config.json").exists() else []
             began = time.monotonic()
             process = Process.start([*OPTIONS, *again], folder)
-            end = process.finish(random.uniform(0.2, 0.95) * self.seconds)
+            end = process.finish(random.uniform(0.4, 1.0) * self.seconds)
             if end.status == -signal.SIGKILL:
                 wanted -= 1
                 self.counts["kills: SIGKILL"] += 1
