@@ -162,7 +162,9 @@ def test_second_derivatives_of_native_kernels_are_xla_s(implementation, name, ru
         first = jax.grad(penalty, (0, 1))
         mapped = jax.vmap(lambda t: first(x + t, w, which))(jnp.arange(2.0))
         third = jax.grad(lambda x: jnp.sum(first(x, w, which)[0] ** 2))(x)
-        corner = jax.hessian(lambda c: penalty(x.at[(0,) * x.ndim].set(c), w, which))(x.flat[0])
+        corner = jax.hessian(lambda c: penalty(x.at[(0,) * x.ndim].set(c), w, which))(
+            x.reshape(-1)[0]
+        )
         return mapped, third, corner
 
     ours, theirs = (derivatives(x, w, which) for which in (implementation, "xla"))
@@ -195,7 +197,8 @@ def test_second_derivatives_need_no_memory_for_each_term():
         return sum(jnp.sum(a**2) for a in gradient_of(adder_matmul, GradientRule(), None)(x, w))
 
     program = jax.jit(jax.grad(penalty, (0, 1))).lower(x, w).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 16 * 2 * x.nbytes
+    terms = x.size * w.shape[1]
+    assert program.memory_analysis().temp_size_in_bytes < terms  # a quarter of them in float32
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -406,13 +406,17 @@ def run_sanitized(arguments):
     compiler = shutil.which("g++")
     if compiler is None:
         raise SystemExit("--sanitize needs g++")
-    runtime = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    # Before all others, and with them what throws: Python has no C++ of its own.
+    preloaded = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     with tempfile.TemporaryDirectory() as directory:
         build_sanitized(directory, compiler)
         environment = os.environ | {
-            "LD_PRELOAD": runtime,
+            "LD_PRELOAD": " ".join(preloaded),
             "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps much until it ends
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
