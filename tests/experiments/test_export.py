@@ -14,8 +14,8 @@ from experiments.training.run import Run
 from tests.experiments.stop import StopAfter
 
 CONFIG = TrainConfig(
-    model="resnet8", family=("adder",), image_size=8, epochs=1, batch_size=32, limit_train=96,
-    model_options=("width=4",), devices=1, augment="none",
+    model="lenet5", family=("adder",), image_size=8, epochs=1, batch_size=32, limit_train=96,
+    devices=1, augment="none",
 )  # fmt: skip
 
 
