@@ -108,8 +108,9 @@ def quantized(
     try:
         graphdef, (params, rest) = trained(run, dataset)
         network: Any = nnx.merge(graphdef, params, rest)
+        wanted = bits if bits is not None else config.bits
         program = jadder.quantize(
-            network, calibration_images(dataset), bits=bits or config.bits or 8,
+            network, calibration_images(dataset), bits=8 if wanted is None else wanted,
             mean=np.array(dataset.mean), std=np.array(dataset.std),
         )  # fmt: skip
     except (UserError, ValueError) as error:

@@ -56,6 +56,7 @@ def test_a_run_becomes_c_whose_check_passes(
         (["--target", "z80"], "invalid choice: 'z80'"),
         (["--name", "a-b"], "must be a lower-case C name"),
         (["--bits", "1"], "bits must be an integer from 2 to 8, got 1"),
+        (["--bits", "0"], "bits must be an integer from 2 to 8, got 0"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_writes_nothing(
