@@ -194,22 +194,22 @@ class Emulator:
     ) -> None:
         import unicorn
         from elftools.elf.elffile import ELFFile
+        from unicorn.unicorn import Uc
 
         self._thumb = machine.kind == "thumb"
         if self._thumb:
             mode = unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS
-            self._uc = unicorn.Uc(unicorn.UC_ARCH_ARM, mode)
+            self._uc = Uc(unicorn.UC_ARCH_ARM, mode)
             self._uc.ctl_set_cpu_model(unicorn.arm_const.UC_CPU_ARM_CORTEX_M4)
         else:
-            self._uc = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
+            self._uc = Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
         self.arena_bytes, self.output_size = arena_bytes, output_size
         self.sizes = Sizes(0, 0)
         with elf.open("rb") as file:
             linked = ELFFile(file)
             self._load(linked)
-            symbols = {
-                s.name: s["st_value"] for s in linked.get_section_by_name(".symtab").iter_symbols()
-            }
+            table: Any = linked.get_section_by_name(".symtab")
+            symbols = {each.name: each["st_value"] for each in table.iter_symbols()}
         self._entry = symbols[f"{name}_run"]
         self._mark = symbols["emulator_mark"] & ~1
         self._uc.mem_map(_STACK, _STACK_SIZE)

@@ -1,6 +1,5 @@
 """From a finished training run to a folder of C: `python -m experiments.export --help`."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.common.errors import UserError, status_of
-from experiments.training.config import Parser, TrainConfig, from_record
-from experiments.training.folder import read_fingerprint, read_result
+from experiments.training.config import Parser
 
 if TYPE_CHECKING:
     from experiments.images.dataset import Dataset
@@ -40,10 +38,9 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--name", default="model", help="what the C's names begin with (default: model)"
     )
-    parser.add_argument("--bits", type=int, default=8, help="of products' operands (default: 8)")
     parser.add_argument(
-        "--calibration", type=int, default=512, metavar="N",
-        help="training images to quantise with (default: 512)",
+        "--bits", type=int, metavar="N",
+        help="of products' operands, 2 to 8 (default: those that it was trained with, or 8)",
     )  # fmt: skip
     parser.add_argument(
         "--vectors", type=int, default=4, metavar="N",
@@ -62,20 +59,21 @@ def export(argv: Sequence[str]) -> int:
         UserError: no finished run, other data, or a network that has no integer form.
     """
     options = make_parser().parse_args(argv)
-    for what in ("calibration", "vectors"):
-        if getattr(options, what) < 1:
-            raise UserError(f"--{what} must be positive, got {getattr(options, what)}")
+    if options.vectors < 1:
+        raise UserError(f"--vectors must be positive, got {options.vectors}")
+    from experiments.integer import accuracy
+    from experiments.training.folder import read_result
     from jadder.integer import export_c
 
-    out = Path(options.out)
+    out, run = Path(options.out), Path(options.run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} must be an empty folder or a new one")
-    folder = Path(options.run)
-    result = read_result(folder)
+    result = read_result(run)
     if result is None:
-        raise UserError(f"{folder}: expected the folder of a finished run")
-    dataset, program = quantized(folder, options.data_dir, options.bits, options.calibration)
-    images = np.asarray(dataset.test_images[: options.vectors])
+        raise UserError(f"{run}: expected the folder of a finished run")
+    dataset, program = quantized(run, options.data_dir, options.bits)
+    count = min(options.vectors, len(dataset.test_images))
+    images = np.asarray(dataset.test_images[np.arange(count)])
     try:
         export_c(program, out, target=options.target, name=options.name, images=images)
     except ValueError as error:
@@ -87,47 +85,37 @@ def export(argv: Sequence[str]) -> int:
 
 
 def quantized(
-    folder: Path, data_dir: str | None, bits: int, calibration: int
+    run: Path, data_dir: str | None, bits: int | None
 ) -> "tuple[Dataset, IntegerProgram]":
     """The data of a finished run, and its network as an integer program.
 
     Raises:
         UserError: see `export`.
     """
+    from flax import nnx
+
     import jadder
     from experiments.images.load import load
-    from experiments.training.teacher import load_teacher
+    from experiments.training.config import from_record
+    from experiments.training.folder import read_fingerprint
+    from experiments.training.start import calibration_images, trained
 
-    theirs = from_record(read_fingerprint(folder), folder / "config.json")
+    config = from_record(read_fingerprint(run), run / "config.json")
     dataset = load(
-        theirs.dataset, data_dir, image_size=theirs.image_size, limit_train=theirs.limit_train,
-        validation=theirs.validation,
+        config.dataset, data_dir, image_size=config.image_size, limit_train=config.limit_train,
+        validation=config.validation,
     )  # fmt: skip
     try:
-        network = load_teacher(dataclasses.replace(TrainConfig(), teacher=str(folder)), dataset)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--teacher "), error.status) from None
-    assert network is not None
-
-    def logits(x: Any) -> Any:
-        return network.logits(network.state, x)
-
-    images = np.asarray(dataset.train_images[:calibration])
-    try:
-        program = jadder.quantize(logits, images, bits=bits, mean=dataset.mean, std=dataset.std)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from error
+        graphdef, (params, rest) = trained(run, dataset)
+        network: Any = nnx.merge(graphdef, params, rest)
+        wanted = bits if bits is not None else config.bits
+        program = jadder.quantize(
+            network, calibration_images(dataset), bits=8 if wanted is None else wanted,
+            mean=np.array(dataset.mean), std=np.array(dataset.std),
+        )  # fmt: skip
+    except (UserError, ValueError) as error:
+        raise UserError(f"{run}: {error}") from None
     return dataset, program
-
-
-def accuracy(program: "IntegerProgram", dataset: "Dataset") -> float:
-    """The share of test images whose class is found."""
-    correct = 0
-    for start in range(0, len(dataset.test_labels), 500):
-        images = np.asarray(dataset.test_images[start : start + 500])
-        found = np.asarray(program(images)).argmax(-1)
-        correct += int((found == dataset.test_labels[start : start + 500]).sum())
-    return correct / len(dataset.test_labels)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from experiments.training.run import Run
 from tests.experiments.stop import StopAfter
 
 CONFIG = TrainConfig(
-    model="resnet8", family=("adder",), image_size=8, epochs=1, batch_size=32, limit_train=96,
-    model_options=("width=4",), devices=1, augment="none",
+    model="lenet5", family=("adder",), image_size=8, epochs=1, batch_size=32, limit_train=96,
+    devices=1, augment="none",
 )  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def test_a_run_becomes_c_whose_check_passes(
         (["--target", "z80"], "invalid choice: 'z80'"),
         (["--name", "a-b"], "must be a lower-case C name"),
         (["--bits", "1"], "bits must be an integer from 2 to 8, got 1"),
+        (["--bits", "0"], "bits must be an integer from 2 to 8, got 0"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_writes_nothing(

@@ -1,8 +1,10 @@
 /* Sums of distances of one window and four filters, 16 bytes at a time. Weights lie in the order of
    their use, 16 bytes of each of four filters in turn. Where a run does not end with 16 bytes, its
    weights go on with zeros, and what is read behind it is masked. */
+#if defined(__SSE2__) || defined(__ARM_NEON)
 static const uint8_t inside[32] = {255, 255, 255, 255, 255, 255, 255, 255,
                                    255, 255, 255, 255, 255, 255, 255, 255};
+#endif
 
 #if defined(__AVX2__)
 typedef struct {
@@ -13,18 +15,26 @@ static inline void distances_begin(Distances *d) {
   d->sums[0] = d->sums[1] = _mm256_setzero_si256();
 }
 
-static inline void distances_add(Distances *d, const uint8_t *x, int32_t rest,
-                                 const uint8_t *weights) {
-  __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)x);
-  if (rest < 16) {
-    const uint8_t *mask = inside + 16 - rest;
-    bytes = _mm_and_si128(bytes, _mm_loadu_si128((const __m128i *)(const void *)mask));
-  }
-  __m256i both = _mm256_broadcastsi128_si256(bytes);
+static inline __m128i sixteen(const uint8_t *x) {
+  return _mm_loadu_si128((const __m128i *)(const void *)x);
+}
+
+static inline void distances_of(Distances *d, __m128i x, const uint8_t *weights) {
+  __m256i both = _mm256_broadcastsi128_si256(x);
   for (int i = 0; i < 2; ++i) {
     __m256i w = _mm256_loadu_si256((const __m256i *)(const void *)(weights + 32 * i));
     d->sums[i] = _mm256_add_epi64(d->sums[i], _mm256_sad_epu8(both, w));
   }
+}
+
+static inline void distances_add(Distances *d, const uint8_t *x, int32_t chunks,
+                                 const uint8_t *weights) {
+  for (int32_t i = 0; i < chunks; ++i) distances_of(d, sixteen(x + 16 * i), weights + 64 * i);
+}
+
+static inline void distances_last(Distances *d, const uint8_t *x, int32_t rest,
+                                  const uint8_t *weights) {
+  distances_of(d, _mm_and_si128(sixteen(x), sixteen(inside + 16 - rest)), weights);
 }
 
 static inline void distances_end(const Distances *d, int32_t *sums) {
@@ -43,17 +53,24 @@ static inline void distances_begin(Distances *d) {
   for (int f = 0; f < 4; ++f) d->sums[f] = _mm_setzero_si128();
 }
 
-static inline void distances_add(Distances *d, const uint8_t *x, int32_t rest,
-                                 const uint8_t *weights) {
-  __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)x);
-  if (rest < 16) {
-    const uint8_t *mask = inside + 16 - rest;
-    bytes = _mm_and_si128(bytes, _mm_loadu_si128((const __m128i *)(const void *)mask));
-  }
+static inline __m128i sixteen(const uint8_t *x) {
+  return _mm_loadu_si128((const __m128i *)(const void *)x);
+}
+
+static inline void distances_of(Distances *d, __m128i x, const uint8_t *weights) {
   for (int f = 0; f < 4; ++f) {
-    __m128i w = _mm_loadu_si128((const __m128i *)(const void *)(weights + 16 * f));
-    d->sums[f] = _mm_add_epi64(d->sums[f], _mm_sad_epu8(bytes, w));
+    d->sums[f] = _mm_add_epi64(d->sums[f], _mm_sad_epu8(x, sixteen(weights + 16 * f)));
   }
+}
+
+static inline void distances_add(Distances *d, const uint8_t *x, int32_t chunks,
+                                 const uint8_t *weights) {
+  for (int32_t i = 0; i < chunks; ++i) distances_of(d, sixteen(x + 16 * i), weights + 64 * i);
+}
+
+static inline void distances_last(Distances *d, const uint8_t *x, int32_t rest,
+                                  const uint8_t *weights) {
+  distances_of(d, _mm_and_si128(sixteen(x), sixteen(inside + 16 - rest)), weights);
 }
 
 static inline void distances_end(const Distances *d, int32_t *sums) {
@@ -84,14 +101,26 @@ static inline void distances_begin(Distances *d) {
   d->times = 0;
 }
 
-static inline void distances_add(Distances *d, const uint8_t *x, int32_t rest,
-                                 const uint8_t *weights) {
-  uint8x16_t bytes = vld1q_u8(x);
-  if (rest < 16) bytes = vandq_u8(bytes, vld1q_u8(inside + 16 - rest));
+static inline void distances_of(Distances *d, uint8x16_t x, const uint8_t *weights) {
   for (int f = 0; f < 4; ++f) {
-    d->narrow[f] = vpadalq_u8(d->narrow[f], vabdq_u8(bytes, vld1q_u8(weights + 16 * f)));
+    d->narrow[f] = vpadalq_u8(d->narrow[f], vabdq_u8(x, vld1q_u8(weights + 16 * f)));
   }
-  if (++d->times == 128) distances_widen(d);
+}
+
+static inline void distances_add(Distances *d, const uint8_t *x, int32_t chunks,
+                                 const uint8_t *weights) {
+  if (d->times + chunks > 128) distances_widen(d);
+  d->times += chunks;
+  for (int32_t i = 0; i < chunks; ++i) distances_of(d, vld1q_u8(x + 16 * i), weights + 64 * i);
+}
+
+static inline void distances_last(Distances *d, const uint8_t *x, int32_t rest,
+                                  const uint8_t *weights) {
+  if (++d->times > 128) {
+    distances_widen(d);
+    d->times = 1;
+  }
+  distances_of(d, vandq_u8(vld1q_u8(x), vld1q_u8(inside + 16 - rest)), weights);
 }
 
 static inline void distances_end(Distances *d, int32_t *sums) {
@@ -105,14 +134,19 @@ typedef struct {
 
 static inline void distances_begin(Distances *d) { memset(d, 0, sizeof *d); }
 
-static inline void distances_add(Distances *d, const uint8_t *x, int32_t rest,
-                                 const uint8_t *weights) {
+static inline void distances_last(Distances *d, const uint8_t *x, int32_t rest,
+                                  const uint8_t *weights) {
   for (int f = 0; f < 4; ++f) {
-    for (int32_t i = 0; i < rest && i < 16; ++i) {
+    for (int32_t i = 0; i < rest; ++i) {
       int32_t difference = x[i] - weights[16 * f + i];
       d->sums[f] += difference < 0 ? -difference : difference;
     }
   }
+}
+
+static inline void distances_add(Distances *d, const uint8_t *x, int32_t chunks,
+                                 const uint8_t *weights) {
+  for (int32_t i = 0; i < chunks; ++i) distances_last(d, x + 16 * i, 16, weights + 64 * i);
 }
 
 static inline void distances_end(const Distances *d, int32_t *sums) {
@@ -133,8 +167,17 @@ static void adder_vector(const Windows *windows, const uint8_t *x, const uint8_t
         for (int32_t i = 0; i < windows->taps_down; ++i) {
           for (int32_t j = 0; j < windows->taps_across; ++j) {
             const uint8_t *from = corner + i * windows->tap_row + j * windows->tap_pixel;
-            for (int32_t rest = windows->run; rest > 0; rest -= 16, from += 16, w += 64) {
-              distances_add(&d, from, rest, w);
+            int32_t rest = windows->run;
+            while (rest >= 16) {
+              int32_t chunks = rest < 1024 ? rest / 16 : 64;
+              distances_add(&d, from, chunks, w);
+              from += 16 * chunks;
+              w += 64 * chunks;
+              rest -= 16 * chunks;
+            }
+            if (rest) {
+              distances_last(&d, from, rest, w);
+              w += 64;
             }
           }
         }
