@@ -175,7 +175,7 @@ def test_second_derivatives_of_native_kernels_are_xla_s(implementation, name, ru
 
 @each_implementation
 def test_second_derivatives_in_shard_map(implementation):
-    x, w = (a.astype(np.float32) for a in normal(5, (4, 6), (6, 5)))
+    x, w = normal(5, (4, 6), (6, 5))
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def penalty(x, w):
