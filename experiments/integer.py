@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,14 @@ from experiments.common.errors import UserError
 from experiments.images.dataset import Dataset
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Picture, Table
-from experiments.studies.study import Trained, TrainingOptions, families, train
+from experiments.studies.study import (
+    Trained,
+    TrainingOptions,
+    by_label,
+    families,
+    train,
+    with_seeds,
+)
 from experiments.training.config import TrainConfig
 from experiments.training.run import Run
 from experiments.training.start import calibration_images
@@ -42,6 +50,7 @@ ADDER: Mapping[str, Any] = {"eta": 0.4, "model_options": ("norm=centered_batch",
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="as of experiments.train (default: auto)")
     parser.add_argument("--families", nargs="+", choices=("adder", "conv"), metavar="FAMILY",
                         help="(default: adder conv)")  # fmt: skip
     parser.add_argument("--bits", type=int, nargs="+", metavar="N", help="(default: 8 6 5 4 3 2)")
@@ -54,7 +63,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, place: Place) -> Outcome:
-    config = dataclasses.replace(TRAINING.config(options), seed=TRAINING.one_seed(options))
+    config = TRAINING.config(options)
+    if options.model is not None:
+        config = dataclasses.replace(config, model=options.model)
+    seeds = TRAINING.chosen_seeds(options)
     bits = options.bits or ([8, 3] if options.smoke else [8, 6, 5, 4, 3, 2])
     tuned = options.tune_bits
     if tuned is None:
@@ -65,10 +77,11 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     plans = families(config, options.families or ("adder", "conv"))
     if "adder" in plans and config.dataset == "cifar10":
         plans["adder"] = dataclasses.replace(plans["adder"], **ADDER)
+    plans = _each_seed(plans, seeds)
     runs = train(plans, place, at_end=lambda run: accuracies(run, bits))
-    if "adder" in plans and tuned:
-        first = next(one for one in runs if one.label == "adder")
-        runs += _tuned(first, tuned, options, place)
+    for first in list(runs):
+        if "adder" in first.config.family and tuned and not first.diverged:
+            runs += _tuned(first, tuned, options, place)
     _draw(place.folder / "accuracy.png", runs, bits)
     title = f"{runs[0].config.model} on {config.dataset} in bytes"
     return Outcome(
@@ -79,6 +92,13 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     )
 
 
+def _each_seed(plans: Mapping[str, TrainConfig], seeds: Sequence[int]) -> Mapping[str, TrainConfig]:
+    """The plans for every seed; for a single one under their own names."""
+    if len(seeds) > 1:
+        return with_seeds(plans, seeds)
+    return {label: dataclasses.replace(one, seed=seeds[0]) for label, one in plans.items()}
+
+
 def _tuned(first: Trained, bits: Sequence[int], options: Any, place: Place) -> list[Trained]:
     """The network trained on, in floats and on each grid."""
     longer = dataclasses.replace(
@@ -87,6 +107,8 @@ def _tuned(first: Trained, bits: Sequence[int], options: Any, place: Place) -> l
     )  # fmt: skip
     plans = {f"adder, {options.tune_epochs} epochs more": longer}
     plans |= {f"adder, {n} bits in training": dataclasses.replace(longer, bits=n) for n in bits}
+    if first.label != "adder":
+        plans = with_seeds(plans, [first.config.seed])
     return train(
         plans,
         place,
@@ -120,10 +142,19 @@ def accuracy(program: Any, dataset: Dataset) -> float:
 
 def _table(runs: Sequence[Trained], bits: Sequence[int]) -> Table:
     columns = ["network", "float", *(f"{n} bits" for n in bits)]
+    names = ["float", *map(str, bits)]
     rows: list[list[Any]] = []
     for one in runs:
         seen = one.seen or {}
-        rows.append([one.label, seen.get("float"), *(seen.get(str(n)) for n in bits)])
+        rows.append([one.label, *(seen.get(name) for name in names)])
+    for label, group in by_label(runs).items():
+        all_seen = [one.seen for one in group if one.seen is not None]
+        if len(all_seen) > 1:
+            means = [
+                statistics.fmean(seen[name] for seen in all_seen) if name in all_seen[0] else None
+                for name in names
+            ]
+            rows.append([f"{label}, mean", *means])
     formats = dict.fromkeys(columns[1:], ".2%")
     return Table("Test accuracy in floats and as integer programs", columns, rows, formats)
 
