@@ -109,6 +109,8 @@ class Window:
         groups, (channels, features) = self.groups, self.w[2:]
         each = features // groups
         y, dx, dw = np.zeros(self.out), np.zeros(self.x), np.zeros(self.w)
+        if y.size == 0:  # however many outputs there are along other dimensions
+            return y, dx, dw
         for tap in itertools.product(range(self.w[0]), range(self.w[1])):
             places = [self._sources(d, t) for d, t in enumerate(tap)]
             met = [np.flatnonzero(place >= 0) for place in places]
