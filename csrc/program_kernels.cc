@@ -140,7 +140,44 @@ struct Bytes4 {
   }
 };
 
+// The same for a single vector of distances in two halves: then a row's broadcast serves two
+// instructions of each kind, as it does where there are two vectors.
+struct Halves4 {
+  static constexpr int kGroup = 4, kColumns = 16, kWeightBytes = 1;
+  struct Sums {
+    __m256i half[2];
+  };
+
+  JADDER_INLINE static Sums Begin(const int32_t* start) {
+    const __m256i* from = reinterpret_cast<const __m256i*>(start);
+    return {{_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)}};
+  }
+  JADDER_INLINE static void End(const Sums& sum, int32_t less, int32_t* out) {
+    __m256i* to = reinterpret_cast<__m256i*>(out);
+    _mm256_storeu_si256(to, _mm256_sub_epi32(sum.half[0], _mm256_set1_epi32(less)));
+    _mm256_storeu_si256(to + 1, _mm256_sub_epi32(sum.half[1], _mm256_set1_epi32(less)));
+  }
+  template <int kRows, int kVectors>
+  JADDER_INLINE static void AddGroup(const uint8_t* const (&row)[kRows], int64_t k,
+                                     const uint8_t* panel, Sums (&sum)[kRows][kVectors]) {
+    static_assert(kVectors == 1);
+    const __m256i two = _mm256_set1_epi8(2);
+    const __m256i* from = reinterpret_cast<const __m256i*>(panel);
+    const __m256i w[2] = {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i x = _mm256_set1_epi32(LoadAs<int32_t>(row[r] + k));
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        __m256i& half = sum[r][0].half[h];
+        half = _mm256_dpbusd_epi32(half, _mm256_max_epu8(x, w[h]), two);
+      }
+    }
+  }
+};
+
 using Adder = Bytes4<true>;
+using SingleAdder = Halves4;
 using Multiply = Bytes4<false>;
 
 #elif defined(__SSE2__)
@@ -173,6 +210,8 @@ struct Adder {
     }
   }
 };
+
+using SingleAdder = Adder;
 
 // Terms 0 and 2 of a group, then 1 and 3, as pairs of 16 bits.
 struct Multiply {
@@ -251,6 +290,7 @@ struct Terms {
 };
 
 using Adder = Terms<true>;
+using SingleAdder = Adder;
 using Multiply = Terms<false>;
 
 #endif
@@ -270,12 +310,12 @@ __attribute__((noinline)) void Tile(const ProductTile& tile) {
   constexpr int64_t kPanelGroup =
       kVectors * Product::kColumns * Product::kGroup * Product::kWeightBytes;
   const uint8_t* panel = tile.panel;
-  for (int64_t i = 0; i < tile.num_runs; ++i) {
-    const uint8_t* row[kRows];  // rows share one counter: there is no register to spare
-    const int64_t end = tile.runs[i].offset + tile.runs[i].length;
+  const uint8_t* row[kRows];  // rows share one counter: there is no register to spare
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) row[r] = tile.rows[r] + end;
-    for (int64_t k = -tile.runs[i].length; k < 0; k += Product::kGroup, panel += kPanelGroup) {
+  for (int r = 0; r < kRows; ++r) row[r] = tile.rows[r];
+  for (int64_t i = 0; i < tile.num_runs; ++i) {
+    const int64_t end = tile.runs[i].offset + tile.runs[i].length;
+    for (int64_t k = tile.runs[i].offset; k < end; k += Product::kGroup, panel += kPanelGroup) {
       Product::AddGroup(row, k, panel, sum);
     }
   }
@@ -298,17 +338,24 @@ constexpr Tiles MakeTiles(std::integer_sequence<int, kLess...>) {
   return {{Tile<Product, kLess + 1, kVectors>...}};
 }
 
-template <class Product>
+// `Single` is what a row of one vector is computed by.
+template <class Product, class Single>
 void RunProduct(int rows, int vectors, const ProductTile& tile) {
   constexpr auto kAll = std::make_integer_sequence<int, Product::kRows>{};
-  static constexpr Tiles kOne = MakeTiles<Product, 1>(kAll), kTwo = MakeTiles<Product, 2>(kAll);
+  static constexpr Tiles kOne = MakeTiles<Single, 1>(kAll), kTwo = MakeTiles<Product, 2>(kAll);
   (vectors == 1 ? kOne : kTwo).at[rows - 1](tile);
 }
 
-template <class Product>
+template <class Product, class Single = Product>
 constexpr ProgramProduct MakeProduct() {
-  return {Product::kGroup,       Product::kColumns,      kVectors,      Product::kRows,
-          Product::kWeightBytes, Product::kTakesMaximum, Product::Pack, RunProduct<Product>};
+  return {Product::kGroup,
+          Product::kColumns,
+          kVectors,
+          Product::kRows,
+          Product::kWeightBytes,
+          Product::kTakesMaximum,
+          Product::Pack,
+          RunProduct<Product, Single>};
 }
 
 // -- Requantization --------------------------------------------------------------------------------
@@ -372,16 +419,16 @@ JADDER_INLINE void AddWide(Vec q, const ResidualConstants& residual, Vec& even, 
   odd = Add64(odd, _mm512_mul_epi32(_mm512_srli_epi64(q, 32), residual.multiplier));
 }
 
-// What is left to do in 32 bits: a shift, and the bounds.
-JADDER_INLINE Vec Finish(Vec value, const Constants& constants) {
-  value = _mm512_sra_epi32(value, constants.shift);
+JADDER_INLINE Vec Bounded(Vec value, const Constants& constants) {
   return _mm512_min_epi32(_mm512_max_epi32(value, constants.low), constants.high);
 }
 
+// Shifted values that fit int32, or bounded ones where a shift leaves more.
 template <Width kWidth>
-JADDER_INLINE Vec FinishWide(Vec even, Vec odd, const Constants& constants) {
+JADDER_INLINE Vec ShiftWide(Vec even, Vec odd, const Constants& constants) {
   if (kWidth == Width::kHigh) {
-    return Finish(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd), constants);
+    const Vec high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    return _mm512_sra_epi32(high, constants.shift);
   }
   even = _mm512_sra_epi64(even, constants.shift);
   odd = _mm512_sra_epi64(odd, constants.shift);
@@ -392,7 +439,7 @@ JADDER_INLINE Vec FinishWide(Vec even, Vec odd, const Constants& constants) {
 
 // `kResiduals` of them, or any number where that is 2.
 template <Width kWidth, int kResiduals>
-JADDER_INLINE Vec Results(const RequantizeTile& tile, const Constants& constants,
+JADDER_INLINE Vec Shifted(const RequantizeTile& tile, const Constants& constants,
                           const ResidualConstants& residual, int r, int64_t c, __mmask16 used) {
   const Vec sum = LoadVec(tile.sums + r * tile.sums_stride + c);
   if (kWidth == Width::kNarrow) {
@@ -402,7 +449,7 @@ JADDER_INLINE Vec Results(const RequantizeTile& tile, const Constants& constants
       value = AddNarrow(value, ResidualBytes(tile, i, r, c, used),
                         ResidualConstants(tile.residuals[i]));
     }
-    return Finish(value, constants);
+    return _mm512_sra_epi32(value, constants.shift);
   }
   Vec even = Add64(_mm512_mul_epi32(sum, constants.multiplier), constants.even_bias);
   Vec odd = Add64(_mm512_mul_epi32(_mm512_srli_epi64(sum, 32), constants.odd_multiplier),
@@ -411,7 +458,30 @@ JADDER_INLINE Vec Results(const RequantizeTile& tile, const Constants& constants
   for (int64_t i = 0; kResiduals == 2 && i < tile.num_residuals; ++i) {
     AddWide(ResidualBytes(tile, i, r, c, used), ResidualConstants(tile.residuals[i]), even, odd);
   }
-  return FinishWide<kWidth>(even, odd, constants);
+  return ShiftWide<kWidth>(even, odd, constants);
+}
+
+// Four rows of 16 bytes. Packing bounds them to bytes, which leaves the bounds to be done at once.
+template <Width kWidth, int kResiduals>
+JADDER_INLINE void FourRows(const RequantizeTile& tile, const Constants& constants,
+                            const ResidualConstants& residual, int r, int64_t c) {
+  Vec q[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    q[i] = Shifted<kWidth, kResiduals>(tile, constants, residual, r + i, c, 0xffff);
+  }
+  Vec bytes = _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  bytes = _mm512_max_epu8(bytes, _mm512_set1_epi8(static_cast<char>(tile.low)));
+  bytes = _mm512_min_epu8(bytes, _mm512_set1_epi8(static_cast<char>(tile.high)));
+  // Each lane has four columns of every row.
+  const Vec order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  bytes = _mm512_permutexvar_epi32(order, bytes);
+  const int64_t at = tile.column + c;
+  const auto out = [&](int i) { return reinterpret_cast<__m128i*>(tile.out[r + i] + at); };
+  _mm_storeu_si128(out(0), _mm512_castsi512_si128(bytes));
+  _mm_storeu_si128(out(1), _mm512_extracti32x4_epi32(bytes, 1));
+  _mm_storeu_si128(out(2), _mm512_extracti32x4_epi32(bytes, 2));
+  _mm_storeu_si128(out(3), _mm512_extracti32x4_epi32(bytes, 3));
 }
 
 template <Width kWidth, int kResiduals>
@@ -421,17 +491,15 @@ void RequantizeRows(const RequantizeTile& tile) {
     const Constants constants(tile, kWidth, c);
     const __mmask16 used = First(tile.used - c), stored = First(tile.stored - c);
     const int64_t at = tile.column + c;
+    int r = 0;
     if (tile.wide_out == nullptr && used == 0xffff) {  // not by masks, which slow stores down
-      uint8_t* const* out = tile.out;
-      for (int r = 0; r < tile.rows; ++r) {
-        const Vec q = Results<kWidth, kResiduals>(tile, constants, residual, r, c, 0xffff);
-        const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, q);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out[r] + at), bytes);
+      for (; r + 4 <= tile.rows; r += 4) {
+        FourRows<kWidth, kResiduals>(tile, constants, residual, r, c);
       }
-      continue;
     }
-    for (int r = 0; r < tile.rows; ++r) {
-      const Vec q = Results<kWidth, kResiduals>(tile, constants, residual, r, c, used);
+    for (; r < tile.rows; ++r) {
+      Vec q = Shifted<kWidth, kResiduals>(tile, constants, residual, r, c, used);
+      if (kWidth != Width::kWide) q = Bounded(q, constants);
       if (tile.wide_out != nullptr) {
         _mm512_mask_storeu_epi32(tile.wide_out[r] + at, used, q);
       } else {
@@ -517,26 +585,20 @@ void Requantize(const RequantizeTile& tile) {
 
 // -- Sums of x -------------------------------------------------------------------------------------
 
-// Of every eight bytes over the rows, a multiple of eight in all.
-void SumEights(const WindowSums& given, int64_t bytes) {
+// Of every eight bytes, a multiple of eight in all.
+void SumEights(const uint8_t* row, int64_t bytes, int32_t* sums) {
   int64_t k = 0;
 #if defined(JADDER_AVX512)
   for (; k < bytes; k += 64) {
     const __mmask64 mask = bytes - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (bytes - k)) - 1;
-    Vec sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < given.rows; ++i) {
-      const Vec row = _mm512_maskz_loadu_epi8(mask, given.first + i * given.row_step + k);
-      sum = Add64(sum, Distances(row, _mm512_setzero_si512()));
-    }
-    StoreLow32(given.pixel_sums + k / 8, sum);  // there is room
+    const Vec x = _mm512_maskz_loadu_epi8(mask, row + k);
+    StoreLow32(sums + k / 8, Distances(x, _mm512_setzero_si512()));  // there is room
   }
 #endif
   for (; k < bytes; k += 8) {
     int32_t sum = 0;
-    for (int64_t i = 0; i < given.rows; ++i) {
-      for (int64_t j = k; j < k + 8; ++j) sum += given.first[i * given.row_step + j];
-    }
-    given.pixel_sums[k / 8] = sum;
+    for (int64_t j = k; j < k + 8; ++j) sum += row[j];
+    sums[k / 8] = sum;
   }
 }
 
@@ -555,46 +617,112 @@ void AddPairs(int64_t count, int32_t* sums) {
   for (; i < count; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
 }
 
-void SumPixels(const WindowSums& given, int64_t pixels) {
-  int32_t* sums = given.pixel_sums;
+#if defined(JADDER_AVX512)
+
+// Of 64-bit lanes: the sums of a's and b's pairs, in turns.
+JADDER_INLINE Vec AddNeighbours(Vec a, Vec b) {
+  return Add64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+// Of lanes of 128 bits: the sums of a's two pairs, then those of b's.
+JADDER_INLINE Vec AddLanes(Vec a, Vec b) {
+  return Add64(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+}
+
+// Of eight pixels, each a part of a vector or one, of which `bytes` may be read.
+template <int kPitch>
+JADDER_INLINE void SumEightPixels(const uint8_t* first, int64_t bytes, int32_t* out) {
+  constexpr int kAll = kPitch / 8;
+  Vec sums[kAll];
+#pragma GCC unroll 8
+  for (int i = 0; i < kAll; ++i) {
+    const int64_t left = bytes - i * 64;
+    const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << (left < 0 ? 0 : left)) - 1;
+    sums[i] = Distances(_mm512_maskz_loadu_epi8(mask, first + i * 64), _mm512_setzero_si512());
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kAll / 2; ++i) sums[i] = AddNeighbours(sums[2 * i], sums[2 * i + 1]);
+#pragma GCC unroll 2
+  for (int each = kAll / 2; each > 1; each /= 2) {
+#pragma GCC unroll 2
+    for (int i = 0; i < each / 2; ++i) sums[i] = AddLanes(sums[2 * i], sums[2 * i + 1]);
+  }
+  Vec order = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  if (kPitch == 16) order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  if (kPitch == 32) order = _mm512_setr_epi64(0, 2, 1, 3, 4, 6, 5, 7);
+  StoreLow32(out, _mm512_permutexvar_epi64(order, sums[0]));
+}
+
+template <int kPitch>
+void SumPixelsOf(const PixelSums& given) {
+  for (int64_t x = 0; x < given.pixels; x += 8) {  // there is room
+    SumEightPixels<kPitch>(given.first + x * kPitch, (given.pixels - x) * kPitch, given.out + x);
+  }
+}
+
+#endif
+
+void SumPixels(const PixelSums& given) {
+#if defined(JADDER_AVX512)
+  if (given.pitch == 16) return SumPixelsOf<16>(given);
+  if (given.pitch == 32) return SumPixelsOf<32>(given);
+  if (given.pitch == 64) return SumPixelsOf<64>(given);
+#endif
+  int32_t* sums = given.out;
   if (given.pitch % 8 != 0) {
-    for (int64_t x = 0; x < pixels; ++x) {
-      sums[x] = 0;
-      for (int64_t i = 0; i < given.rows; ++i) {
-        const uint8_t* pixel = given.first + i * given.row_step + x * given.pitch;
-        for (int64_t c = 0; c < given.pitch; ++c) sums[x] += pixel[c];
-      }
+    for (int64_t x = 0; x < given.pixels; ++x) {
+      const uint8_t* pixel = given.first + x * given.pitch;
+      int32_t sum = 0;
+      for (int64_t c = 0; c < given.pitch; ++c) sum += pixel[c];
+      sums[x] = sum;
     }
     return;
   }
-  SumEights(given, pixels * given.pitch);
+  SumEights(given.first, given.pixels * given.pitch, sums);
   int64_t each = given.pitch / 8;
-  for (; each % 2 == 0; each /= 2) AddPairs(pixels * each / 2, sums);
+  for (; each % 2 == 0; each /= 2) AddPairs(given.pixels * each / 2, sums);
   if (each == 1) return;
-  for (int64_t x = 0; x < pixels; ++x) {
+  for (int64_t x = 0; x < given.pixels; ++x) {
     int32_t sum = 0;
     for (int64_t i = 0; i < each; ++i) sum += sums[x * each + i];
     sums[x] = sum;
   }
 }
 
-// The sum of each pixel over the window's rows, then that of the window's pixels.
 void SumWindows(const WindowSums& given) {
-  SumPixels(given, (given.count - 1) * given.stride + (given.taps - 1) * given.dilation + 1);
-  const int32_t* sums = given.pixel_sums;
   int64_t i = 0;
 #if defined(JADDER_AVX512)
   for (; given.stride == 1 && i < given.count; i += 16) {  // there is room
-    Vec sum = LoadVec(sums + i);
-    for (int64_t t = 1; t < given.taps; ++t) sum = Add32(sum, LoadVec(sums + i + t * given.dilation));
+    Vec sum = _mm512_setzero_si512();
+    for (int64_t row = 0; row < given.num_rows; ++row) {
+      for (int64_t t = 0; t < given.taps; ++t) {
+        sum = Add32(sum, LoadVec(given.rows[row] + i + t * given.dilation));
+      }
+    }
     _mm512_mask_storeu_epi32(given.out + i, First(given.count - i), sum);
   }
 #endif
   for (; i < given.count; ++i) {
     int32_t sum = 0;
-    for (int64_t t = 0; t < given.taps; ++t) sum += sums[i * given.stride + t * given.dilation];
+    for (int64_t row = 0; row < given.num_rows; ++row) {
+      const int32_t* first = given.rows[row] + i * given.stride;
+      for (int64_t t = 0; t < given.taps; ++t) sum += first[t * given.dilation];
+    }
     given.out[i] = sum;
   }
+}
+
+// -- Pointers --------------------------------------------------------------------------------------
+
+void PointFrom(uint8_t* first, int64_t step, int64_t count, uint8_t** pointers) {
+  int64_t i = 0;
+#if defined(JADDER_AVX512)
+  const int64_t address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(first));
+  const Vec eight = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  Vec at = Add64(Broadcast64(address), _mm512_mullo_epi64(eight, Broadcast64(step)));
+  for (; i + 8 <= count; i += 8, at = Add64(at, Broadcast64(8 * step))) StoreVec(pointers + i, at);
+#endif
+  for (; i < count; ++i) pointers[i] = first + i * step;
 }
 
 constexpr int kPitch = Adder::kGroup > Multiply::kGroup ? Adder::kGroup : Multiply::kGroup;
@@ -602,7 +730,8 @@ constexpr int kPitch = Adder::kGroup > Multiply::kGroup ? Adder::kGroup : Multip
 }  // namespace
 
 const ProgramKernels kProgramKernels = {
-    JADDER_NAME(JADDER_PROGRAM_ISA), kPitch,     MakeProduct<Adder>(),
-    MakeProduct<Multiply>(),         Requantize, SumWindows};
+    JADDER_NAME(JADDER_PROGRAM_ISA), kPitch,     MakeProduct<Adder, SingleAdder>(),
+    MakeProduct<Multiply>(),         Requantize, SumPixels,
+    SumWindows,                      PointFrom};
 
 }  // namespace jadder::JADDER_PROGRAM_ISA

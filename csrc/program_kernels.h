@@ -74,12 +74,18 @@ struct RequantizeTile {
   int32_t* const* wide_out;  // of int32 where this is not null
 };
 
-// Σx over the windows of `count` positions of a row: out[i] is the sum over `rows` rows, `row_step`
-// bytes apart, and `taps` pixels of `pitch` bytes, `dilation` apart, from pixel i · stride.
-struct WindowSums {
+// Σx of each of `pixels` of a row, which have `pitch` bytes.
+struct PixelSums {
   const uint8_t* first;
-  int64_t row_step, rows, pitch, count, stride, dilation, taps;
-  int32_t* pixel_sums;  // room for one for each four bytes of a row, and kColumnSlack
+  int64_t pixels, pitch;
+  int32_t* out;  // room for one for each four bytes of the row, and kColumnSlack
+};
+
+// Σx over the windows of `count` positions of a row, from the sums of pixels in `num_rows` rows:
+// out[i] is the sum over them and over `taps` pixels, `dilation` apart, from pixel i · stride.
+struct WindowSums {
+  const int32_t* const* rows;  // kColumnSlack more can be read
+  int64_t num_rows, count, stride, dilation, taps;
   int32_t* out;
 };
 
@@ -88,7 +94,11 @@ struct ProgramKernels {
   int pitch;  // a pixel has a multiple of so many bytes
   ProgramProduct adder, multiply;
   void (*requantize)(const RequantizeTile& tile);
+  void (*pixel_sums)(const PixelSums& sums);
   void (*window_sums)(const WindowSums& sums);
+
+  // Pointers to the first of `count` positions, and `step` bytes on from each to the next.
+  void (*point_from)(uint8_t* first, int64_t step, int64_t count, uint8_t** pointers);
 };
 
 namespace avx512vnni {

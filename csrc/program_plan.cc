@@ -238,10 +238,15 @@ ProgramPlan MakePlan(const ProgramSpec& spec, const ProgramKernels& kernels) {
     if (operation.has_sums()) PlanRequantization(spec, operation, step);
     const bool panels = step.product != nullptr && !step.depthwise;
     const int64_t columns = panels && !operation.center ? step.panel_columns() : channels;
-    scratch.sums = std::max(scratch.sums, kMostTileRows * (columns + kColumnSlack));
+    scratch.sums = std::max(scratch.sums, kChunkTiles * kMostTileRows * (columns + kColumnSlack));
     scratch.residuals = std::max<int64_t>(scratch.residuals, step.residuals.size());
     if (panels && step.product->takes_maximum) {
-      scratch.column_sums = std::max(scratch.column_sums, source.row_bytes / 4 + kColumnSlack);
+      step.window_height = (operation.window[0] - 1) * operation.dilation[0] + 1;
+      step.row_sums = source.row_bytes / 4 + kColumnSlack;
+      step.ring_rows = 1;
+      while (step.ring_rows < step.window_height + 1) step.ring_rows *= 2;
+      scratch.row_sums = std::max(scratch.row_sums, CheckedProduct(step.ring_rows, step.row_sums));
+      scratch.window_rows = std::max(scratch.window_rows, operation.window[0]);
     }
     scratch.gathered = std::max(scratch.gathered, kMostTileRows * step.gathered_bytes);
   }

@@ -45,6 +45,9 @@ struct Step {
   int64_t panel_bytes = 0;      // of a full one
   std::vector<int32_t> starts;  // of each column
   int64_t gathered_bytes = 0;   // of a row
+  int64_t window_height = 0;    // rows from a window's first to its last, and one
+  int64_t row_sums = 0;         // room for the sums of a row's pixels
+  int64_t ring_rows = 0;        // rows of them that are kept, a power of two
 
   // Of a requantization.
   std::vector<int32_t> multiplier, narrow_bias;
@@ -62,11 +65,13 @@ struct Step {
 
 // What a thread needs beside the arena, in elements.
 struct ScratchSizes {
-  int64_t sums = 0, column_sums = 0, gathered = 0, residuals = 0;
+  int64_t sums = 0, gathered = 0, residuals = 0;
+  int64_t row_sums = 0, window_rows = 0;  // sums of pixels, and the rows of a window
 };
 
-// Positions that are prepared together.
+// Positions that are prepared together, and those whose sums become bytes together.
 inline constexpr int64_t kBlockPositions = 8 * kMostTileRows;
+inline constexpr int64_t kChunkTiles = 4;
 
 struct ProgramPlan {
   std::vector<ActivationLayout> layouts;  // of each value

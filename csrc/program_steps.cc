@@ -9,13 +9,14 @@ namespace jadder {
 
 Scratch::Scratch(const ScratchSizes& sizes)
     : sums(std::max<int64_t>(1, sizes.sums)),
-      column_sums(std::max<int64_t>(1, sizes.column_sums)),
+      row_sums(std::max<int64_t>(1, sizes.row_sums)),
       x_sums(kBlockPositions),
       gathered(std::max<int64_t>(1, sizes.gathered)),
       windows(kBlockPositions),
       residuals(kBlockPositions * std::max<int64_t>(1, sizes.residuals)),
       out(kBlockPositions),
-      wide_out(kBlockPositions) {}
+      wide_out(kBlockPositions),
+      window_rows(sizes.window_rows) {}
 
 namespace {
 
@@ -153,16 +154,10 @@ class StepRun {
   }
 
   // Where the window of an output position begins.
-  const uint8_t* Window(int64_t row, int64_t column) const {
+  uint8_t* Window(int64_t row, int64_t column) const {
     const ProgramOperation& op = operation();
     return place_.arena + in_.At(row * op.strides[0] - op.padding[0][0],
                                  column * op.strides[1] - op.padding[1][0]);
-  }
-
-  // Pointers to the first of `count` positions, and `step` bytes on from each to the next.
-  template <typename T>
-  static void PointFrom(T* first, int64_t step, int64_t count, T** pointers) {
-    for (int64_t i = 0; i < count; ++i) pointers[i] = first + i * step;
   }
 
   void PointToRows(int64_t begin, int64_t count) {
@@ -170,18 +165,21 @@ class StepRun {
     Walk at(out_.width, begin);
     for (int64_t i = 0; i < count; ++at.row, at.column = 0) {
       const int64_t columns = std::min(count - i, out_.width - at.column);
-      PointFrom(Window(at.row, at.column), operation().strides[1] * in_.pitch, columns,
-                &scratch_.windows[i]);
+      kernels_.point_from(Window(at.row, at.column), operation().strides[1] * in_.pitch, columns,
+                          &scratch_.windows[i]);
       if (is_wide()) {
-        PointFrom(place_.output + (begin + i) * out_.channels, out_.channels, columns,
-                  &scratch_.wide_out[i]);
+        for (int64_t j = i; j < i + columns; ++j) {
+          scratch_.wide_out[j] = place_.output + (begin + j) * out_.channels;
+        }
       } else {
-        PointFrom(place_.arena + out_.At(at.row, at.column), out_.pitch, columns, &scratch_.out[i]);
+        kernels_.point_from(place_.arena + out_.At(at.row, at.column), out_.pitch, columns,
+                            &scratch_.out[i]);
       }
       for (size_t j = 0; j < residuals.size(); ++j) {
         const ActivationLayout& layout = plan_.layouts[residuals[j].value];
-        const uint8_t* first = place_.arena + layout.At(at.row, at.column);
-        PointFrom(first, layout.pitch, columns, &scratch_.residuals[j * kBlockPositions + i]);
+        uint8_t* first = place_.arena + layout.At(at.row, at.column);
+        kernels_.point_from(first, layout.pitch, columns,
+                            &scratch_.residuals[j * kBlockPositions + i]);
       }
       i += columns;
     }
@@ -194,9 +192,8 @@ class StepRun {
   void Product(int64_t begin, int64_t count) {
     if (step_.product->takes_maximum && !step_.gathers) SumX(begin, count);
     const int64_t groups = operation().groups;
-    const int64_t tiles = (count + step_.product->rows - 1) / step_.product->rows;
     if (operation().center) {
-      ForTiles(count, tiles, [&](int64_t first, int rows) {
+      ForTiles(count, [&](int64_t first, int rows) {
         for (int64_t g = 0; g < groups; ++g) GroupSums(g, first, rows, stride());
         Center(rows);
         Requantize(first, rows, 0, out_.channels, stride());
@@ -205,21 +202,43 @@ class StepRun {
     }
     for (int64_t g = 0; g < groups; ++g) {
       if (step_.gathers) {
-        ForTiles(count, tiles, [&](int64_t first, int rows) {
+        ForTiles(count, [&](int64_t first, int rows) {
           Gather(g, first, rows);
-          for (int64_t p = 0; p < step_.panels; ++p) PanelTile(g, p, first, rows);
+          for (int64_t p = 0; p < step_.panels; ++p) {
+            RunTile(g, p, first, rows, scratch_.sums.data(), step_.panel_columns());
+            RequantizePanel(g, p, first, rows);
+          }
         });
         continue;
       }
-      for (int64_t p = 0; p < step_.panels; ++p) {
-        ForTiles(count, tiles, [&](int64_t first, int rows) { PanelTile(g, p, first, rows); });
-      }
+      for (int64_t p = 0; p < step_.panels; ++p) Panel(g, p, count);
+      for (int64_t i = 0; i < count; ++i) scratch_.windows[i] += step_.group_terms;
     }
+  }
+
+  // A panel of a group whose terms begin where the windows do.
+  void Panel(int64_t g, int64_t p, int64_t count) {
+    ProductTile tile = PanelTile(g, p);
+    tile.sums_stride = step_.panel_columns();
+    const int vectors = static_cast<int>(step_.panel_vectors(p));
+    int64_t chunk = 0;
+    ForTiles(count, [&](int64_t first, int rows) {
+      tile.rows = scratch_.windows.data() + first;
+      if (step_.product->takes_maximum) tile.less = scratch_.x_sums.data() + first;
+      tile.sums = scratch_.sums.data() + (first - chunk) * tile.sums_stride;
+      step_.product->run(rows, vectors, tile);
+      const int64_t done = first + rows;
+      if (done < count && done + kMostTileRows <= chunk + kChunkTiles * kMostTileRows) return;
+      RequantizePanel(g, p, chunk, static_cast<int>(done - chunk));
+      chunk = done;
+    });
   }
 
   // Tiles of about one size.
   template <typename F>
-  void ForTiles(int64_t count, int64_t tiles, F f) {
+  void ForTiles(int64_t count, F f) {
+    const int64_t most = step_.product != nullptr ? step_.product->rows : kMostTileRows;
+    const int64_t tiles = (count + most - 1) / most;
     const int64_t rows = count / tiles, longer = count % tiles;
     int64_t first = 0;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -232,9 +251,18 @@ class StepRun {
   // From row to row of sums of all columns.
   int64_t stride() const { return out_.channels + kColumnSlack; }
 
-  void PanelTile(int64_t g, int64_t p, int64_t first, int rows) {
+  // What all tiles of a panel have.
+  ProductTile PanelTile(int64_t g, int64_t p) const {
+    ProductTile tile = {};
+    tile.runs = step_.runs.data();
+    tile.num_runs = step_.runs.size();
+    tile.panel = step_.weights.data() + (g * step_.panels + p) * step_.panel_bytes;
+    tile.start = step_.starts.data() + g * step_.features + p * step_.panel_columns();
+    return tile;
+  }
+
+  void RequantizePanel(int64_t g, int64_t p, int64_t first, int rows) {
     const int64_t width = step_.panel_columns(), column = p * width;
-    RunTile(g, p, first, rows, scratch_.sums.data(), width);
     Requantize(first, rows, g * step_.features + column,
                std::min(width, step_.features - column), width);
   }
@@ -248,19 +276,13 @@ class StepRun {
   }
 
   void RunTile(int64_t g, int64_t p, int64_t first, int rows, int32_t* sums, int64_t stride) {
-    ProductTile tile;
+    ProductTile tile = PanelTile(g, p);
     const uint8_t* windows[kMostTileRows];
-    const int64_t offset = step_.gathers ? 0 : g * step_.group_terms;
     for (int r = 0; r < rows; ++r) {
       windows[r] = step_.gathers ? scratch_.gathered.data() + r * step_.gathered_bytes
-                                 : scratch_.windows[first + r] + offset;
+                                 : scratch_.windows[first + r] + g * step_.group_terms;
     }
     tile.rows = windows;
-    tile.runs = step_.runs.data();
-    tile.num_runs = step_.runs.size();
-    tile.panel = step_.weights.data() + (g * step_.panels + p) * step_.panel_bytes;
-    tile.start = step_.starts.data() + g * step_.features + p * step_.panel_columns();
-    tile.less = nullptr;
     if (step_.product->takes_maximum) {
       tile.less = scratch_.x_sums.data() + (step_.gathers ? 0 : first);
     }
@@ -291,33 +313,56 @@ class StepRun {
     }
   }
 
-  // Σx over the windows of `count` positions.
+  // Σx over the windows of `count` positions. Each row's pixels are summed once, into a ring of as
+  // many rows as a window spans and the one after, which is summed a row before its time: loads
+  // that span several stores wait until these have left the store queue.
   void SumX(int64_t begin, int64_t count) {
     const ProgramOperation& op = operation();
     WindowSums sums;
-    sums.row_step = op.dilation[0] * in_.row_bytes;
-    sums.rows = op.window[0];
-    sums.pitch = in_.pitch;
+    sums.rows = scratch_.window_rows.data();
+    sums.num_rows = op.window[0];
     sums.stride = op.strides[1];
     sums.dilation = op.dilation[1];
     sums.taps = op.window[1];
-    sums.pixel_sums = scratch_.column_sums.data();
     sums.out = scratch_.x_sums.data();
     for (Walk at(out_.width, begin); count > 0; ++at.row, at.column = 0) {
-      sums.first = Window(at.row, at.column);
+      const int64_t top = at.row * op.strides[0];  // in rows with the padding
+      SumRows(top, top + step_.window_height);
+      for (int64_t i = 0; i < op.window[0]; ++i) {
+        scratch_.window_rows[i] =
+            RowSums(top + i * op.dilation[0]) + at.column * op.strides[1];
+      }
       sums.count = std::min(count, out_.width - at.column);
       kernels_.window_sums(sums);
       sums.out += sums.count;
       count -= sums.count;
+      if (count == 0 && at.row + 1 < out_.height) SumRows(top + 1, top + step_.window_height + 1);
     }
+  }
+
+  void SumRows(int64_t begin, int64_t end) {
+    for (next_row_ = std::max(next_row_, begin); next_row_ < end; ++next_row_) SumRow(next_row_);
+  }
+
+  int32_t* RowSums(int64_t row) const {
+    return scratch_.row_sums.data() + (row & (step_.ring_rows - 1)) * step_.row_sums;
+  }
+
+  void SumRow(int64_t row) const {
+    const ProgramOperation& op = operation();
+    PixelSums sums;
+    sums.first = place_.arena + in_.At(row - op.padding[0][0], -op.padding[1][0]);
+    sums.pixels = (out_.width - 1) * op.strides[1] + (op.window[1] - 1) * op.dilation[1] + 1;
+    sums.pitch = in_.pitch;
+    sums.out = RowSums(row);
+    kernels_.pixel_sums(sums);
   }
 
   // -- Other sums ----------------------------------------------------------------------------------
 
   void Sums(int64_t begin, int64_t count) {
     (void)begin;
-    const int64_t tiles = (count + kMostTileRows - 1) / kMostTileRows;
-    ForTiles(count, tiles, [&](int64_t first, int rows) {
+    ForTiles(count, [&](int64_t first, int rows) {
       for (int r = 0; r < rows; ++r) {
         ChannelSums(scratch_.windows[first + r], scratch_.sums.data() + r * stride());
       }
@@ -396,6 +441,7 @@ class StepRun {
   const ActivationLayout &in_, &out_;
   const Place& place_;
   Scratch& scratch_;
+  int64_t next_row_ = 0;  // of the input, whose pixels are not summed yet
 };
 
 }  // namespace

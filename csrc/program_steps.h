@@ -13,11 +13,11 @@ namespace jadder {
 
 // A thread's working memory beside the arena.
 struct Scratch {
-  Buffer<int32_t> sums, column_sums, x_sums;
+  Buffer<int32_t> sums, row_sums, x_sums;
   Buffer<uint8_t> gathered;
-  std::vector<const uint8_t*> windows, residuals;
-  std::vector<uint8_t*> out;
+  std::vector<uint8_t*> windows, residuals, out;
   std::vector<int32_t*> wide_out;
+  std::vector<const int32_t*> window_rows;
 
   explicit Scratch(const ScratchSizes& sizes);
 };

@@ -10,7 +10,7 @@ that it has in floats.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,12 +37,18 @@ from jadder.integer.program import (
     Reshape,
     Residual,
     SumPool,
+    sum_bounds,
 )
 from jadder.integer.trace import trace
 
 _BYTE = 255
 _OUTPUT_FACTOR = 0.25
 """Steps of the output's grid for each step of its sums."""
+_DEVIATIONS = 4
+_NARROW_ERROR = 1 / 32
+"""Levels by which a result may be wrong because multipliers are short, so many deviations off."""
+_FINE = 1 / 16
+"""Levels of a result that one unit of its sums may be, for a bias to be a number of units."""
 
 
 def quantize(
@@ -250,17 +256,19 @@ class _Quantizer:
             index = self._scalar_grid(residual, self._activation(residual, self.residual_levels))
             added.append((index, factor * self.values[index].scale[0], self._zero(index)))
         operation, scale, offset, sums = self._sum_operation(whole, levels)
+        reach = sum_bounds(operation, self.values[operation.input])
         if output is None:
             step = float(np.abs(scale).max()) / _OUTPUT_FACTOR
             output = Activation(node.shape, (step or 1.0,), (0,), "int32")
         requantization = _requantization(
-            scale, offset, added, output, low=whole.low, high=whole.high, centre=sums
-        )
+            scale, offset, added, output, low=whole.low, high=whole.high, sums=sums, reach=reach,
+            residual_levels=[self.values[index].maximum for index, _, _ in added],
+        )  # fmt: skip
         operation = dataclasses.replace(operation, requantization=requantization, output=output)
         return self._append(operation)
 
     def _sum_operation(self, whole: Expression, levels: int) -> tuple[Any, Any, Any, Any]:
-        """An operation without its requantization; real scale and offset of S; the mean of S."""
+        """An operation without its requantization; real scale and offset of S; moments of S."""
         leaf, product = whole.leaf, whole.product
         nothing: Any = None
         if product is not None:
@@ -279,7 +287,7 @@ class _Quantizer:
             operation = Rescale(index, nothing, nothing)
             step, zero = self.values[index].scale, self._zero(index)
         scale = np.broadcast_to(whole.scale * np.asarray(step), whole.scale.shape)
-        return operation, scale, whole.offset - scale * zero, 0.0
+        return operation, scale, whole.offset - scale * zero, None
 
     def _product_operation(self, whole: Expression, levels: int) -> tuple[Any, Any, Any, Any]:
         product = whole.product
@@ -305,7 +313,7 @@ class _Quantizer:
         ratio = floats.deviation / np.where(sums.variance > 0, sums.deviation, np.inf)
         scale = whole.scale * ratio * (-1 if adder else 1)
         offset = whole.scale * floats.mean + whole.offset - scale * sums.mean
-        return operation, scale, offset, sums.mean
+        return operation, scale, offset, sums
 
     def _emit_output(self) -> None:
         if has_own_grid(self.output) and not isinstance(self.output, Image | Round):
@@ -352,26 +360,38 @@ def _requantization(
     *,
     low: float = -math.inf,
     high: float = math.inf,
-    centre: Any = 0.0,
+    sums: Moments | None = None,
+    reach: tuple[int, int] = (0, 0),
+    residual_levels: Sequence[int] = (),
 ) -> Requantization:
     """In integers: clip(scale · S + offset + Σ factor · (q - zero), low, high).
 
-    The multiplier's rounding is made good at ``centre``, about which S varies.
+    The multiplier's rounding is made good at the mean of ``sums``, about which S varies between
+    the ends of ``reach``. Where a unit of S is a small part of a result, the bias is half a result
+    and a whole number of units: some processors add those before they multiply.
     """
     step, zero = output.scale[0], output.zero_point[0]
     factors = [factor / step for _, factor, _ in residuals]
     real = scale / step
-    shift = _shift(real)
-    multiplier = np.rint(np.ldexp(real, shift))
     constant = offset / step + zero + 0.5
     for factor, (_, _, added_zero) in zip(factors, residuals, strict=True):
         constant = constant - factor * added_zero
-    bias = np.rint(np.ldexp(constant, shift) + (np.ldexp(real, shift) - multiplier) * centre)
+    shift = _shift(real)
+    if sums is not None and output.dtype == "uint8":
+        added = [factor * most for factor, most in zip(factors, residual_levels, strict=True)]
+        shift = _narrow_shift(real, constant, added, sums, reach) or shift
+    multiplier = np.rint(np.ldexp(real, shift))
+    mean = 0.0 if sums is None else sums.mean
+    bias = np.ldexp(constant, shift) + (np.ldexp(real, shift) - multiplier) * mean
+    if sums is not None and not residuals and np.abs(real).max(initial=0) <= _FINE:
+        half = 2.0 ** (shift - 1)
+        whole = np.rint((bias - half) / np.where(multiplier, multiplier, 1))
+        bias = np.where(multiplier, multiplier * whole + half, bias)
     least, most = (0, output.maximum) if output.dtype == "uint8" else (INT32.min, INT32.max)
     low, high = (bound / step + zero for bound in (low, high))
     return Requantization(
         multiplier.astype(np.int32),
-        bias.astype(np.int64),
+        np.rint(bias).astype(np.int64),
         shift,
         int(np.clip(np.rint(low) if math.isfinite(low) else low, least, most)),
         int(np.clip(np.rint(high) if math.isfinite(high) else high, least, most)),
@@ -387,6 +407,24 @@ def _shift(real: Any) -> int:
     largest = float(np.abs(real).max(initial=0))
     shift = min(32, 31 - math.frexp(largest)[1])
     return shift if round(math.ldexp(largest, shift)) <= INT32.max else shift - 1
+
+
+def _narrow_shift(
+    real: Any, constant: Any, added: Sequence[float], sums: Moments, reach: tuple[int, int]
+) -> int | None:
+    """A shift with which every value fits an int32, if multipliers of so few bits are exact enough.
+
+    Then processors compute a result in half the width, and at more than the speed.
+    """
+    ends = np.stack([real * end + constant for end in reach])
+    least = float(ends.min()) + sum(min(0.0, most) for most in added)
+    most = float(ends.max()) + sum(max(0.0, most) for most in added)
+    largest = max(-least, most) + 1
+    # What is rounded, in units of the shifted value: bias, residuals, and S by half a multiplier.
+    slack = 2 + max(map(abs, reach)) + 256 * len(added)
+    shift = min(31, math.floor(math.log2((INT32.max - slack) / largest)))
+    error = np.ldexp(0.5, -shift) * _DEVIATIONS * float(np.max(sums.deviation, initial=0))
+    return shift if shift > 0 and error <= _NARROW_ERROR else None
 
 
 def _residual(index: int, factor: float) -> Residual:
