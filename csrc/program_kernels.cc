@@ -712,6 +712,27 @@ void SumWindows(const WindowSums& given) {
   }
 }
 
+// -- Largest ---------------------------------------------------------------------------------------
+
+void Largest(const uint8_t* const* rows, int64_t num_rows, int64_t bytes, uint8_t* out) {
+  int64_t k = 0;
+#if defined(__SSE2__)
+  for (; k + 16 <= bytes; k += 16) {
+    const auto load = [&](int64_t i) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + k));
+    };
+    __m128i largest = load(0);
+    for (int64_t i = 1; i < num_rows; ++i) largest = _mm_max_epu8(largest, load(i));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), largest);
+  }
+#endif
+  for (; k < bytes; ++k) {
+    uint8_t largest = rows[0][k];
+    for (int64_t i = 1; i < num_rows; ++i) largest = rows[i][k] > largest ? rows[i][k] : largest;
+    out[k] = largest;
+  }
+}
+
 // -- Pointers --------------------------------------------------------------------------------------
 
 void PointFrom(uint8_t* first, int64_t step, int64_t count, uint8_t** pointers) {
@@ -732,6 +753,6 @@ constexpr int kPitch = Adder::kGroup > Multiply::kGroup ? Adder::kGroup : Multip
 const ProgramKernels kProgramKernels = {
     JADDER_NAME(JADDER_PROGRAM_ISA), kPitch,     MakeProduct<Adder, SingleAdder>(),
     MakeProduct<Multiply>(),         Requantize, SumPixels,
-    SumWindows,                      PointFrom};
+    SumWindows,                      Largest,    PointFrom};
 
 }  // namespace jadder::JADDER_PROGRAM_ISA

@@ -97,6 +97,9 @@ struct ProgramKernels {
   void (*pixel_sums)(const PixelSums& sums);
   void (*window_sums)(const WindowSums& sums);
 
+  // out[k] = the largest of rows[.][k], for `bytes` k; out is none of the rows.
+  void (*largest)(const uint8_t* const* rows, int64_t num_rows, int64_t bytes, uint8_t* out);
+
   // Pointers to the first of `count` positions, and `step` bytes on from each to the next.
   void (*point_from)(uint8_t* first, int64_t step, int64_t count, uint8_t** pointers);
 };

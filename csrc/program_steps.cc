@@ -137,19 +137,15 @@ class StepRun {
       const int64_t top = at.row * op.strides[0] - op.padding[0][0];
       const int64_t left = at.column * op.strides[1] - op.padding[1][0];
       uint8_t* out = place_.arena + out_.At(at.row, at.column);
-      bool first = true;
+      scratch_.taps.clear();
       for (int64_t y = std::max<int64_t>(top, 0); y < std::min(top + op.window[0], in_.height); ++y) {
         for (int64_t x = std::max<int64_t>(left, 0); x < std::min(left + op.window[1], in_.width);
              ++x) {
-          const uint8_t* in = place_.arena + in_.At(y, x);
-          if (first) {
-            std::memcpy(out, in, out_.pitch);
-            first = false;
-            continue;
-          }
-          for (int64_t c = 0; c < out_.pitch; ++c) out[c] = std::max(out[c], in[c]);
+          scratch_.taps.push_back(place_.arena + in_.At(y, x));
         }
       }
+      if (scratch_.taps.empty()) continue;
+      kernels_.largest(scratch_.taps.data(), scratch_.taps.size(), out_.pitch, out);
     }
   }
 

@@ -18,6 +18,7 @@ struct Scratch {
   std::vector<uint8_t*> windows, residuals, out;
   std::vector<int32_t*> wide_out;
   std::vector<const int32_t*> window_rows;
+  std::vector<const uint8_t*> taps;
 
   explicit Scratch(const ScratchSizes& sizes);
 };
