@@ -15,6 +15,7 @@ from jadder.integer.c.choose import (
     up4,
 )
 from jadder.integer.c.plan import Layout, Plan, make_plan, zero_bytes
+from jadder.integer.c.shifts import with_shifts_of_32
 from jadder.integer.c.targets import Target
 from jadder.integer.program import (
     Convolution,
@@ -99,6 +100,8 @@ def emit(program: IntegerProgram, target: Target, name: str) -> Code:
     Raises:
       ValueError: its activations need 2 GiB or more.
     """
+    if target.kernels == "thumb":
+        program = with_shifts_of_32(program)
     return _Emitter(program, target, name).code()
 
 
