@@ -4,6 +4,7 @@
 // program is read and its weights are packed. Each execution finds it as the call's state.
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -46,9 +47,11 @@ ffi::Error OutOfMemory() {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jadder: out of memory");
 }
 
-ffi::ErrorOr<std::unique_ptr<ProgramState>> Instantiate(std::string_view program) {
+ffi::ErrorOr<std::unique_ptr<ProgramState>> Instantiate(ffi::Dictionary attributes) {
+  const ffi::ErrorOr<std::string_view> program = attributes.get<std::string_view>("program");
+  if (!program.has_value()) return ffi::Unexpected(program.error());
   try {
-    const auto bytes = DecodeBase64(program.data(), program.size());
+    const auto bytes = DecodeBase64(program->data(), program->size());
     return std::make_unique<ProgramState>(ReadProgram(bytes.data(), bytes.size()));
   } catch (const ProgramError& error) {
     return ffi::Unexpected(Invalid(std::string("jadder: ") + error.what()));
@@ -69,8 +72,20 @@ bool Matches(const ProgramValue& value, ffi::AnyBuffer::Dimensions dimensions, i
   return true;
 }
 
+// Integers where they lie as floats, of as many bytes, times the scale.
+void Scale(float scale, int64_t count, void* numbers) {
+  char* at = static_cast<char*>(numbers);
+  for (int64_t i = 0; i < count; ++i, at += sizeof(float)) {
+    int32_t whole;
+    std::memcpy(&whole, at, sizeof(whole));
+    const float value = static_cast<float>(whole) * scale;
+    std::memcpy(at, &value, sizeof(value));
+  }
+}
+
+// Outputs are int32, or float32 if there is an attribute `scale`, which they are times.
 ffi::Error Execute(ProgramState* state, ffi::ThreadPool threads, ffi::Buffer<ffi::U8> images,
-                   ffi::Result<ffi::Buffer<ffi::S32>> outputs) {
+                   ffi::Result<ffi::AnyBuffer> outputs, ffi::Dictionary attributes) {
   const Program& program = state->program;
   try {
     int64_t batch, results;
@@ -78,8 +93,13 @@ ffi::Error Execute(ProgramState* state, ffi::ThreadPool threads, ffi::Buffer<ffi
         !Matches(program.output(), outputs->dimensions(), results) || batch != results) {
       return Invalid("jadder: images or outputs are not those of the integer program");
     }
+    const ffi::ErrorOr<float> scale = attributes.get<float>("scale");
+    if (outputs->element_type() != (scale.has_value() ? ffi::F32 : ffi::S32)) {
+      return Invalid("jadder: outputs of an integer program must be int32, or float32 with a scale");
+    }
     XlaPool pool(threads);
-    program.Run(pool, images.typed_data(), batch, outputs->typed_data());
+    program.Run(pool, images.typed_data(), batch, static_cast<int32_t*>(outputs->untyped_data()));
+    if (scale.has_value()) Scale(*scale, outputs->element_count(), outputs->untyped_data());
   } catch (const std::bad_alloc&) {
     return OutOfMemory();
   }
@@ -87,7 +107,7 @@ ffi::Error Execute(ProgramState* state, ffi::ThreadPool threads, ffi::Buffer<ffi
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
-                       ffi::Ffi::BindInstantiate().Attr<std::string_view>("program"));
+                       ffi::Ffi::BindInstantiate().Attrs());
 
 }  // namespace
 }  // namespace jadder
@@ -115,7 +135,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_program, jadder::Execute,
                                   .Ctx<xla::ffi::State<jadder::ProgramState>>()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>());
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attrs());
 
 // The instruction set of integer programs.
 extern "C" const char* jadder_integer_program_isa() {

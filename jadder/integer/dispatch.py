@@ -73,8 +73,7 @@ def logits(program: IntegerProgram, images: Any) -> Array:
 
 
 def _logits(program: IntegerProgram, images: Array) -> Array:
-    outputs = run(program, program.to_integers(images))
-    floats = outputs.astype(jnp.float32) * np.float32(program.output.scale[0])
+    floats = _function(program, None, in_floats=True)(program.to_integers(images))
     height, width, channels = program.output.shape
     return floats.reshape(-1, channels) if height == width == 1 else floats
 
@@ -117,23 +116,26 @@ def _bare(program: IntegerProgram) -> IntegerProgram:
 
 
 def _function(
-    program: IntegerProgram, implementation: Implementation | None
+    program: IntegerProgram, implementation: Implementation | None, *, in_floats: bool = False
 ) -> Callable[[Array], Array]:
+    scale = float(np.float32(program.output.scale[0])) if in_floats else None
     if implementation == "xla":
-        return functools.partial(_portable, _bare(program))
+        return functools.partial(_portable, _bare(program), scale)
     refusal = native.unavailable() or native.unsupported(program)
     if refusal is not None and implementation == "cpu":
         raise ValueError(f"implementation='cpu' cannot be used: {refusal}")
     if refusal is not None:
-        return functools.partial(_portable, _bare(program))
+        return functools.partial(_portable, _bare(program), scale)
     native_only = implementation == "cpu"
-    network = _Network(native.serialize(program), _bare(program), native_only)
+    network = _Network(native.serialize(program), _bare(program), native_only, scale)
     return functools.partial(_network_p.bind, network=network)
 
 
-def _portable(program: IntegerProgram, images: Array) -> Array:
+def _portable(program: IntegerProgram, scale: float | None, images: Array) -> Array:
     batch = images.shape[:-3]
     outputs = xla.run(program, images.reshape(-1, *program.input.shape))
+    if scale is not None:
+        outputs = outputs.astype(jnp.float32) * np.float32(scale)
     return outputs.reshape(*batch, *program.output.shape)
 
 
@@ -145,9 +147,12 @@ def _portable(program: IntegerProgram, images: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
+    """What is run: outputs are int32, or float32 and times ``scale`` where that is not None."""
+
     serialized: bytes
     program: IntegerProgram = dataclasses.field(compare=False, repr=False)
     native_only: bool
+    scale: float | None
 
 
 _network_p = Primitive("integer_program")
@@ -161,7 +166,7 @@ def _output_type(images: ShapedArray, *, network: _Network) -> ShapedArray:
     sharding = NamedSharding(images.sharding.mesh, PartitionSpec(*spec))
     return images.update(
         shape=(*batch, *network.program.output.shape),
-        dtype=np.dtype(np.int32),
+        dtype=np.dtype(np.int32 if network.scale is None else np.float32),
         weak_type=False,
         sharding=sharding,
     )
@@ -185,7 +190,8 @@ def _lower_native(context: mlir.LoweringRuleContext, images: Any, *, network: _N
             "mhlo.frontend_attributes": ir.DictAttr.get(batch_dimensions),
         }
     call = jax.ffi.ffi_lowering(native.TARGET, extra_attributes=attributes)
-    return call(context, images, program=native.attribute(network.serialized))
+    scale = {} if network.scale is None else {"scale": np.float32(network.scale)}
+    return call(context, images, program=native.attribute(network.serialized), **scale)
 
 
 def _sharding_rule(images: Sequence[int], outputs: Sequence[int]) -> str:
@@ -208,7 +214,7 @@ def _lower_portable(context: mlir.LoweringRuleContext, images: Any, *, network: 
     if network.native_only:
         platforms = context.platforms or context.module_context.platforms
         raise ValueError(f"implementation='cpu' cannot be used: lowered for {platforms}")
-    portable = functools.partial(_portable, network.program)
+    portable = functools.partial(_portable, network.program, network.scale)
     return mlir.lower_fun(portable, multiple_results=False)(context, images)
 
 

@@ -95,6 +95,11 @@ class Window:
         return any(n + low + high < 0 for n, (low, high) in zip(spans, self.padding, strict=True))
 
     @property
+    def is_large(self):
+        """Whether it has too many terms to sum; XLA itself fails over 10⁹ times nothing."""
+        return max(self.terms, math.prod(self.out), *self.out) > MOST_TERMS
+
+    @property
     def attributes(self):
         return {
             "strides": np.array(self.strides, np.int64),
@@ -109,8 +114,6 @@ class Window:
         groups, (channels, features) = self.groups, self.w[2:]
         each = features // groups
         y, dx, dw = np.zeros(self.out), np.zeros(self.x), np.zeros(self.w)
-        if y.size == 0:  # however many outputs there are along other dimensions
-            return y, dx, dw
         for tap in itertools.product(range(self.w[0]), range(self.w[1])):
             places = [self._sources(d, t) for d, t in enumerate(tap)]
             met = [np.flatnonzero(place >= 0) for place in places]
@@ -298,7 +301,7 @@ def check_hostile(rng, implementations):
         return "refused"
     assert case.is_valid, case
     assert out == case.out, (case, out)
-    if case.terms > MOST_TERMS or math.prod(out) > MOST_TERMS:
+    if case.is_large:
         return "not tried"
     g = operand(rng, "float32", out)
     y, pullback = jax.vjp(product, *floats)
@@ -313,7 +316,7 @@ def check_handler(rng, _):
     case, _ = random_window(rng, hostile=rng.random() < 0.5)
     which = int(rng.integers(3))
     name = ("conv", "conv_dx", "conv_dw")[which]
-    if case.is_valid and (case.terms > MOST_TERMS or math.prod(case.out) > MOST_TERMS):
+    if case.is_valid and case.is_large:
         return "not tried"
     given_out = case.out if case.is_valid else (case.x[0], 2, 2, case.w[3])
     shapes = [case.x, case.w, given_out]
