@@ -644,7 +644,6 @@ JADDER_INLINE void SumEightPixels(const uint8_t* first, int64_t bytes, int32_t* 
   for (int i = 0; i < kAll / 2; ++i) sums[i] = AddNeighbours(sums[2 * i], sums[2 * i + 1]);
 #pragma GCC unroll 2
   for (int each = kAll / 2; each > 1; each /= 2) {
-#pragma GCC unroll 2
     for (int i = 0; i < each / 2; ++i) sums[i] = AddLanes(sums[2 * i], sums[2 * i + 1]);
   }
   Vec order = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
