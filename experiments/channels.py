@@ -15,6 +15,7 @@ from flax import nnx
 from flax.typing import Initializer
 from matplotlib.ticker import MaxNLocator
 
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.common.drawing import new_figure, save
 from experiments.common.errors import UserError
 from experiments.images.augment import normalize
@@ -194,4 +195,5 @@ EXPERIMENT = Experiment("channels", ABOUT, run, add_options, saves=False)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

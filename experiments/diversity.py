@@ -23,6 +23,7 @@ from flax import nnx
 from matplotlib.ticker import MaxNLocator
 
 import jadder
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.common.drawing import new_figure, save
 from experiments.common.errors import UserError
 from experiments.common.files import entry, is_there, read_json, write_json
@@ -430,4 +431,5 @@ EXPERIMENT = Experiment("diversity", ABOUT, run, add_options)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

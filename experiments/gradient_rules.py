@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jadder
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.common.drawing import new_figure, save
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Cell, Outcome, Picture, Table
@@ -199,4 +200,5 @@ EXPERIMENT = Experiment("gradient_rules", ABOUT, run, saves=False)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

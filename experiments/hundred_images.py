@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.study import Trained, TrainingOptions, families, train, with_seeds
@@ -95,4 +96,5 @@ EXPERIMENT = Experiment("hundred_images", ABOUT, run, add_options)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.images.prepared import import_tfds
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome
@@ -115,4 +116,5 @@ EXPERIMENT = Experiment("imagenet", ABOUT, run, add_options)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

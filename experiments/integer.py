@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 import jadder
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.common.errors import UserError
 from experiments.images.dataset import Dataset
 from experiments.studies.command import Experiment, Place
@@ -183,4 +184,5 @@ EXPERIMENT = Experiment("integer", ABOUT, run, add_options)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

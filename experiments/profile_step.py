@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 import jadder
 from benchmarks.timing import interleaved
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.common.drawing import new_figure, save
 from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
@@ -301,4 +302,5 @@ EXPERIMENT = Experiment("profile_step", ABOUT, run, add_options, saves=False)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome
 from experiments.studies.study import (
@@ -66,4 +67,5 @@ EXPERIMENT = Experiment("resnet20", ABOUT, run, add_options)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Table
 from experiments.studies.study import (
@@ -154,4 +155,5 @@ EXPERIMENT = Experiment("simple_vit", ABOUT, run, add_options)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.common.drawing import new_figure, save
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Picture, Table
@@ -171,4 +172,5 @@ EXPERIMENT = Experiment("stability", ABOUT, run, add_options)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

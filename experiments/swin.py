@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome
 from experiments.studies.study import TrainingOptions, changed, comparison, train, with_seeds
@@ -53,4 +54,5 @@ EXPERIMENT = Experiment("swin", ABOUT, run, add_options)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

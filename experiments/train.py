@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.common.errors import UserError, status_of
 from experiments.training.config import TrainConfig, parse
 
@@ -159,4 +160,5 @@ def table(results: "dict[str, Result]") -> str:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

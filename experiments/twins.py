@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.common.allocation import restart_with_huge_pages
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.study import (
@@ -92,4 +93,5 @@ EXPERIMENT = Experiment("twins", ABOUT, run, add_options)
 main = EXPERIMENT.main
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())
