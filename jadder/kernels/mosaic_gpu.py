@@ -163,6 +163,9 @@ class MosaicGpuKernels:
             g = g[:, None]
         x, w, spec = _planar(x, w, spec)
         window, groups = w.shape[:2], spec.feature_group_count
+        undefined = xla.undefined_dx(x, w, g.shape[1:-1], spec)
+        if undefined is not None:
+            x, w = jnp.nan_to_num(x), jnp.nan_to_num(w)
         x, g, w = xla.split_groups(x, groups), xla.split_groups(g, groups), xla.by_tap(w, groups)
         scaled, lanes = _scaled(x, w, clip)
         lanes = jnp.transpose(lanes, (2, 0, 3, 1))
@@ -175,8 +178,12 @@ class MosaicGpuKernels:
             return self._window_sums(_slopes(clip), source, lanes, phase, target)
 
         dx = xla.each_phase(g, dimensions, window, phase_sum)
-        w = jnp.moveaxis(w, 2, 0)
-        dx = xla.merge_groups(_restore_nan(dx, x, w, reduce=(1, 3), expand=())).astype(out_dtype)
+        if undefined is None:  # every window lies inside, so that all pixels meet all taps
+            dx = _restore_nan(dx, x, jnp.moveaxis(w, 2, 0), reduce=(1, 3), expand=())
+        dx = xla.merge_groups(dx)
+        if undefined is not None:
+            dx = jnp.where(undefined, jnp.nan, dx)
+        dx = dx.astype(out_dtype)
         return dx[:, 0] if one_dimensional else dx
 
     def conv_dw(

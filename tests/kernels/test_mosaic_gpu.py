@@ -131,6 +131,19 @@ def test_not_finite_values_go_through():
         np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-5)
 
 
+@interpreted
+def test_nan_in_a_kernel_spoils_the_pixels_that_meet_it():
+    x, w, g = (
+        a.astype(np.float32) for a in normal(1, (1, 5, 4, 8), (3, 3, 8, 8), (1, 5, 4, 8))
+    )
+    w[0, 0, 2, 1], x[0, 2, 2, 0] = np.nan, np.inf
+    x, w, g = jnp.asarray(x), jnp.asarray(w), jnp.asarray(g)
+    dx = INTERPRETED.conv_dx(x, w, g, SAME, HARD_TANH, out_dtype="float32")
+    expected = reference.conv_dx(x, w, g, SAME, HARD_TANH, out_dtype="float32")
+    np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-5)
+    assert 0 < np.isnan(dx[..., 2]).sum() < 5 * 4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", MATMULS, ids=lambda shape: shape.name)
 def test_matmuls_are_lowered_for_cuda(shape: Matmul, dtype):
