@@ -65,7 +65,18 @@ def test_lower_instruction_sets(isa: str) -> None:
     names = ("test_programs_are_as_defined", "test_large_layers", "test_a_residual_network")
     tests = [f"{Path(__file__)}::{name}" for name in names]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *tests],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "0",
+            "--hypothesis-profile=short",
+            *tests,
+        ],
         env={**os.environ, "JADDER_CPU_ISA": isa},
         cwd=ROOT,
         capture_output=True,

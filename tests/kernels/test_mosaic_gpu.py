@@ -133,9 +133,7 @@ def test_not_finite_values_go_through():
 
 @interpreted
 def test_nan_in_a_kernel_spoils_the_pixels_that_meet_it():
-    x, w, g = (
-        a.astype(np.float32) for a in normal(1, (1, 5, 4, 8), (3, 3, 8, 8), (1, 5, 4, 8))
-    )
+    x, w, g = (a.astype(np.float32) for a in normal(1, (1, 5, 4, 8), (3, 3, 8, 8), (1, 5, 4, 8)))
     w[0, 0, 2, 1], x[0, 2, 2, 0] = np.nan, np.inf
     x, w, g = jnp.asarray(x), jnp.asarray(w), jnp.asarray(g)
     dx = INTERPRETED.conv_dx(x, w, g, SAME, HARD_TANH, out_dtype="float32")
