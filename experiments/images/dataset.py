@@ -30,6 +30,7 @@ class Dataset:
         crop_padding: by how many pixels augmentation may shift a training image.
         flip: whether augmentation may mirror a training image.
         note: what a reader of the results should know.
+        class_names: of the classes, in the order of their numbers.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Dataset:
     crop_padding: int
     flip: bool
     note: str = ""
+    class_names: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """A checksum of all labels and all images in memory, to tell this data from other data."""
@@ -82,21 +84,38 @@ def _counts(values: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def resize(images: Images, size: int) -> Images:
-    """Bilinear, the shorter side to `size`, then the middle square."""
-    from PIL import Image
-
-    height, width = images.shape[1:3]
-    if (height, width) == (size, size):
+    """Each as `fit` makes it a square."""
+    if images.shape[1:3] == (size, size):
         return images
-    scale = size / min(height, width)
-    new = (max(size, round(width * scale)), max(size, round(height * scale)))
-    left, top = (new[0] - size) // 2, (new[1] - size) // 2
     resized = np.empty((len(images), size, size, images.shape[3]), np.uint8)
     for i, image in enumerate(images):
-        for c in range(images.shape[3]):
-            channel = Image.fromarray(image[..., c]).resize(new, Image.Resampling.BILINEAR)
-            resized[i, ..., c] = np.asarray(channel)[top : top + size, left : left + size]
+        resized[i] = fit(image, size, size)
     return resized
+
+
+def fit(image: Images, height: int, width: int) -> Images:
+    """An image (H, W, C) of that size: bilinear until it covers it, then the middle."""
+    has_height, has_width, channels = image.shape
+    if (has_height, has_width) == (height, width):
+        return image
+    scale = max(height / has_height, width / has_width)
+    new = (max(height, round(has_height * scale)), max(width, round(has_width * scale)))
+    top, left = (new[0] - height) // 2, (new[1] - width) // 2
+    fitted = np.empty((height, width, channels), np.uint8)
+    for channel in range(channels):
+        resized = resample(image[..., channel], *new)
+        fitted[..., channel] = resized[top : top + height, left : left + width]
+    return fitted
+
+
+def resample(
+    channel: Images, height: int, width: int, box: tuple[float, float, float, float] | None = None
+) -> Images:
+    """One channel (H, W), or a box (left, top, right, bottom) of it, bilinearly to that size."""
+    from PIL import Image
+
+    resized = Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR, box)
+    return np.asarray(resized)
 
 
 def resized(dataset: Dataset, size: int) -> Dataset:

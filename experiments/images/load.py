@@ -19,6 +19,12 @@ from experiments.images import prepared
 from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, resized
 from experiments.images.streamed import StreamedImages
 
+DIGITS = tuple("0123456789")
+CLOTHES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "ankle boot")  # fmt: skip
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                 "truck")  # fmt: skip
+
 
 def load(
     name: str,
@@ -121,6 +127,7 @@ def _load_digits(data_dir: Path) -> Dataset:
         "digits", images[~test], labels[~test], images[test], labels[test], 10, mean, std,
         crop_padding=2, flip=False,
         note="every fifth of scikit-learn's 1,797 images is a test image",
+        class_names=DIGITS,
     )  # fmt: skip
 
 
@@ -136,14 +143,19 @@ _IDX_FILES = (
 
 def _load_mnist(data_dir: Path) -> Dataset:
     arrays = _read_idx_folder(data_dir, ("mnist", "MNIST/raw", "MNIST"))
-    return Dataset("mnist", *arrays, 10, (0.1307,), (0.3081,), crop_padding=2, flip=False)
+    return Dataset(
+        "mnist", *arrays, 10, (0.1307,), (0.3081,), crop_padding=2, flip=False, class_names=DIGITS
+    )
 
 
 def _load_fashion_mnist(data_dir: Path) -> Dataset:
     arrays = _read_idx_folder(
         data_dir, ("fashion_mnist", "fashion-mnist", "FashionMNIST/raw", "FashionMNIST")
     )
-    return Dataset("fashion_mnist", *arrays, 10, (0.2860,), (0.3530,), crop_padding=2, flip=True)
+    return Dataset(
+        "fashion_mnist", *arrays, 10, (0.2860,), (0.3530,), crop_padding=2, flip=True,
+        class_names=CLOTHES,
+    )  # fmt: skip
 
 
 def _read_idx_folder(
@@ -244,6 +256,7 @@ def _load_cifar10(data_dir: Path) -> Dataset:
     return Dataset(
         "cifar10", images, labels, *parts[5], 10,
         (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), crop_padding=4, flip=True, note=note,
+        class_names=CIFAR_CLASSES,
     )  # fmt: skip
 
 

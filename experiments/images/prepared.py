@@ -72,6 +72,7 @@ def load(
         # Mirrored characters are other characters.
         flip=not any(word in name for word in ("mnist", "kmnist", "svhn", "cmaterdb", "digit")),
         note=f"test images: the split {test!r}",
+        class_names=tuple(builder.info.features[label_key].names),
     )  # fmt: skip
 
 

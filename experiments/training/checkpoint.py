@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ LATER: Fingerprint = {
     "teacher": None,
     "distill_weight": 0.5,
     "distill_temperature": 2.0,
+    "earlier_epochs": [],
 }
 """What earlier versions, whose fingerprints do not say so, did."""
 
@@ -45,15 +46,24 @@ class Checkpoints:
     Args:
         folder: where the checkpoints lie, each in a folder named after its step.
         fingerprint: what decides the run's numbers; a checkpoint with another one is refused.
+        or_these: fingerprints that a checkpoint may have as well.
         read_only: leaves the folder as it is, and makes none.
 
     Raises:
         UserError: the folder cannot be read or made.
     """
 
-    def __init__(self, folder: Path, fingerprint: Fingerprint, *, read_only: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: Fingerprint,
+        *,
+        or_these: Sequence[Fingerprint] = (),
+        read_only: bool = False,
+    ):
         self.folder = folder
         self.fingerprint = fingerprint
+        self.or_these = or_these
         if is_there(folder) and not folder.is_dir():
             raise UserError(f"{folder} is a file, expected a folder with checkpoints")
         limits: dict[str, Any] = (
@@ -131,7 +141,8 @@ class Checkpoints:
     def _progress(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=args).meta
-        check_fingerprint(meta["fingerprint"], self.fingerprint, self.folder / str(step))
+        if not any(is_of_run(meta["fingerprint"], one) for one in self.or_these):
+            check_fingerprint(meta["fingerprint"], self.fingerprint, self.folder / str(step))
         progress: dict[str, Any] = meta["progress"]
         if not isinstance(progress["epochs"], int) or not progress["seconds"] >= 0:
             raise ValueError(f"progress {progress!r:.200}")
@@ -203,6 +214,15 @@ def check_fingerprint(saved: Any, current: Fingerprint, where: Path) -> None:
     if not isinstance(saved, dict):
         raise UserError(f"{where} does not say of which run it is")
     check_same_options(LATER | saved, LATER | current, where)
+
+
+def is_of_run(saved: Any, fingerprint: Fingerprint) -> bool:
+    """Whether `check_fingerprint` finds no difference."""
+    try:
+        check_fingerprint(saved, fingerprint, Path())
+    except UserError:
+        return False
+    return True
 
 
 def check_same_options(saved: dict[str, Any], current: dict[str, Any], where: Path) -> None:

@@ -171,8 +171,9 @@ class TrainConfig:
     start: str | None = _option(
         None,
         "training",
-        "begin with the parameters of this finished run of the same network, on the same images",
-        metavar="FOLDER",
+        "begin with the parameters of a finished run of the same network, on the same images, or "
+        "of a model file such as such a run leaves, whatever images that was trained on",
+        metavar="FOLDER_OR_FILE",
     )
     bits: int | None = _option(
         None,
@@ -222,7 +223,12 @@ class TrainConfig:
     name: str | None = _option(
         None, "output", "name of the run's folder; default: DATASET-MODEL-FAMILY-sSEED"
     )
-    resume: bool = _option(False, "output", "go on from the last checkpoint of this very run")
+    resume: bool = _option(
+        False,
+        "output",
+        "go on from the last checkpoint of this very run. A finished run with more --epochs is "
+        "made longer: its rows stay, and the learning rate goes on as in a run of the new length",
+    )
     checkpoint_every: float = _option(
         60.0, "output", "save at least this often, besides each epoch's end", metavar="SECONDS"
     )
