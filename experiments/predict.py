@@ -94,8 +94,8 @@ def prepared(path: Path, description: "Description") -> "Images":
     Raises:
         UserError: it is no image.
     """
-    from experiments.images.dataset import fit
     from experiments.images.files import read_image
+    from experiments.images.resize import fit
 
     image = read_image(path, description.architecture.channels)
     size = description.architecture.image_size

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
+from experiments.images.resize import fit
 from experiments.images.streamed import StreamedImages
 
 Images = NDArray[np.uint8]
@@ -93,29 +94,12 @@ def resize(images: Images, size: int) -> Images:
     return resized
 
 
-def fit(image: Images, height: int, width: int) -> Images:
-    """An image (H, W, C) of that size: bilinear until it covers it, then the middle."""
-    has_height, has_width, channels = image.shape
-    if (has_height, has_width) == (height, width):
-        return image
-    scale = max(height / has_height, width / has_width)
-    new = (max(height, round(has_height * scale)), max(width, round(has_width * scale)))
-    top, left = (new[0] - height) // 2, (new[1] - width) // 2
-    fitted = np.empty((height, width, channels), np.uint8)
-    for channel in range(channels):
-        resized = resample(image[..., channel], *new)
-        fitted[..., channel] = resized[top : top + height, left : left + width]
-    return fitted
-
-
-def resample(
-    channel: Images, height: int, width: int, box: tuple[float, float, float, float] | None = None
-) -> Images:
-    """One channel (H, W), or a box (left, top, right, bottom) of it, bilinearly to that size."""
-    from PIL import Image
-
-    resized = Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR, box)
-    return np.asarray(resized)
+def some(images: Images | StreamedImages, count: int = 2048) -> Images:
+    """All images in memory, or some, evenly spaced."""
+    if not isinstance(images, StreamedImages):
+        return images
+    chosen: Images = images[np.unique(np.linspace(0, len(images) - 1, count).astype(int))]
+    return chosen
 
 
 def resized(dataset: Dataset, size: int) -> Dataset:

@@ -32,6 +32,8 @@ LATER: Fingerprint = {
     "distill_weight": 0.5,
     "distill_temperature": 2.0,
     "earlier_epochs": [],
+    "random_crop": None,
+    "label_smoothing": 0.0,
 }
 """What earlier versions, whose fingerprints do not say so, did."""
 

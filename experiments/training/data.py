@@ -25,4 +25,6 @@ def source_of(config: TrainConfig) -> dict[str, Any]:
         "limit_train": config.limit_train,
         "validation": config.validation,
         "image_memory": config.image_memory,
+        "random_crops": config.random_crop is not None,
+        "seed": config.seed if config.dataset.startswith("folder:") else 0,
     }

@@ -32,8 +32,8 @@ def continued(folder: Path, current: Fingerprint, *, resume: bool) -> Fingerprin
     earlier = entry({EARLIER: [], **saved}, EARLIER, list, where)
     if not all(type(epochs) is int and epochs > 0 for epochs in earlier):
         raise UserError(f"{where} is damaged: its {EARLIER!r} is {earlier!r:.200}")
-    had, wanted = entry(saved, "epochs", int, where), current["epochs"]
-    if resume and had < wanted:
+    had, wanted = saved.get("epochs"), current["epochs"]
+    if resume and type(had) is int and had < wanted:
         check_fingerprint({**saved, "epochs": wanted}, {**current, EARLIER: earlier}, folder)
         _check_end(folder, saved, current)
         return {**current, EARLIER: [*earlier, had]}

@@ -18,7 +18,7 @@ from experiments.common.errors import UserError
 from experiments.common.files import is_there, write_json
 from experiments.common.interrupt import Interrupted, StopRequest
 from experiments.images.dataset import Dataset, Images, Labels
-from experiments.images.streamed import StreamedImages
+from experiments.images.streamed import Crops, StreamedImages, cropped
 from experiments.training import annealing, devices, longer, model_file, optimizer, steps
 from experiments.training.checkpoint import (
     Checkpoints,
@@ -114,7 +114,9 @@ class Run:
         self.train_steps = [
             steps.make_train_step(
                 graphdef, tx, dataset, self.devices,
-                dtype=self.dtype, seed=config.seed, augment=config.augment, teacher=teacher,
+                dtype=self.dtype, seed=config.seed, augment=config.augment,
+                shift=config.random_crop is None, label_smoothing=config.label_smoothing,
+                teacher=teacher,
             )
             for graphdef in graphdefs
         ]  # fmt: skip
@@ -289,7 +291,7 @@ class Run:
                 clock.start_epoch()
                 first = step
                 while step < (epoch + 1) * self.steps_per_epoch:
-                    batch = self._batch(order, step - epoch * self.steps_per_epoch)
+                    batch = self._batch(order, step - epoch * self.steps_per_epoch, epoch)
                     train_step = self.train_steps[self.stage(step)]
                     self.state, sums = train_step(self.state, *batch, *self.known)
                     step += 1
@@ -324,10 +326,12 @@ class Run:
         """Which of the stages of annealing a step (from 0) belongs to; the only one without."""
         return annealing.stage_of(step, self.total_steps, len(self.train_steps))
 
-    def _batch(self, order: Order, number: int) -> tuple[jax.Array, jax.Array]:
-        """The images and labels of one step of an epoch."""
+    def _batch(self, order: Order, number: int, epoch: int = 0) -> tuple[jax.Array, jax.Array]:
+        """The images and labels of one step of an epoch (from 0)."""
         index = order[number * self.config.batch_size :][: self.config.batch_size]
         images, labels = self.dataset.train_images, self.dataset.train_labels
+        if self.config.random_crop is not None:
+            images = cropped(images, Crops(self.config.random_crop, self.config.seed, epoch))
         return self.devices.rows(images, index), self.devices.rows(labels, index)
 
     def _zero_sums(self) -> Any:
