@@ -74,7 +74,9 @@ class Checkpoints:
             else {"max_to_keep": 2}
         )
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **limits)
-        with _one_error(f"{folder} cannot be opened"):
+        # Its warning that a folder is read only says nothing that was not asked for.
+        quiet = _log_level(logging.ERROR) if read_only else contextlib.nullcontext()
+        with _one_error(f"{folder} cannot be opened"), quiet:
             self._manager = ocp.CheckpointManager(
                 folder.absolute(), item_names=("state", "meta"), options=options
             )
@@ -177,6 +179,18 @@ def _one_error(what: str, status: int | None = None) -> Iterator[None]:
         full = disk_is_full(error)
         reason = "the disk is full" if full else f"{type(error).__name__}: {one_line(str(error))}"
         raise UserError(f"{what} ({reason})", status=status or 1) from None
+
+
+@contextlib.contextmanager
+def _log_level(level: int) -> Iterator[None]:
+    """Of orbax's log, which is absl's."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
 """Networks, each for every family of layers: adders, their multiplying twins, Euclid distances."""
 
-from jadder.models.create import create
+from jadder.models.creation import create
 from jadder.models.family import FAMILIES, Family, get_family
 from jadder.models.files import Description, SavedModel, load, save
 from jadder.models.lenet import LeNet5
 from jadder.models.normalization import BatchNorm, LayerNorm
-from jadder.models.pretrained import pretrained
+from jadder.models.published import pretrained
 from jadder.models.registry import MODELS, Architecture, names
 from jadder.models.resnet import (
     BasicBlock,

@@ -1,5 +1,7 @@
 """Image files, and what a network says of them."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from experiments import predict
+from experiments import predict, publish
 from experiments.common.errors import UserError
 from experiments.images.files import about_image, read_image
 from experiments.images.load import load
@@ -159,7 +161,9 @@ def test_formats(tmp_path: Path) -> None:
         read_image(tmp_path / "g.tiff", 1)
 
 
-def test_a_run_without_a_model_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_model_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = TrainConfig(
         model="lenet5", family=("conv",), image_size=8, epochs=1, batch_size=32, limit_train=64,
         out_dir=str(tmp_path), name="run",
@@ -177,3 +181,26 @@ def test_a_run_without_a_model_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     image = write(tmp_path / "five.png", dataset.test_images[0])
     assert predict.main([str(tmp_path / "run"), str(image)]) == 0
     assert capsys.readouterr().out.startswith(f"{image}: ")
+    _publish(tmp_path / "run", tmp_path / "weights", capsys, monkeypatch)
+
+
+def _publish(
+    run: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's network becomes weights; the accuracy beside them is the file's own."""
+    weights.mkdir()
+    for name, text in (("../mine", "NAME must be"), ("", "NAME must be")):
+        assert publish.main([str(run), name or "%", "--out", str(weights)]) == 2
+        assert text in capsys.readouterr().err
+    assert publish.main([str(run), "mine", "--out", str(weights), "--loss", "0.05"]) == 0
+    file = weights / "lenet5-conv-mine.safetensors"
+    assert capsys.readouterr().out.startswith(f"{file}: ")
+    entry = json.loads((weights / "weights.json").read_text())["lenet5-conv-mine"]
+    assert entry["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    model, description = models.load(file)
+    digits = load("digits", image_size=8, limit_train=64)
+    found = model(description.normalize(digits.test_images)).argmax(-1)
+    assert entry["test_accuracy"] == pytest.approx(float((found == digits.test_labels).mean()))
+    monkeypatch.setattr(publish, "accuracy", lambda *others: 2.0)
+    assert publish.main([str(run), "mine", "--out", str(weights)]) == 2
+    assert "the test accuracy is 200.00%, not" in capsys.readouterr().err

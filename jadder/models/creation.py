@@ -7,7 +7,7 @@ from flax import nnx
 
 from jadder.models.family import Family, get_family
 from jadder.models.files import load_as
-from jadder.models.pretrained import find
+from jadder.models.published import find
 from jadder.models.registry import MODELS, build, make_architecture, names
 
 

@@ -19,8 +19,9 @@ def pretrained() -> Mapping[str, Mapping[str, Any]]:
     """The weights that `create` has, by the name of their file without its ending.
 
     Each has ``model``, ``family``, ``data`` (what ``pretrained=`` names), ``test_accuracy`` of the
-    file as it is (between 0 and 1), ``parameters``, the ``command`` that trained it, and the
-    ``sha256`` of the file.
+    file as it is (between 0 and 1), the number of its ``parameters``, their ``dtype``, the file's
+    ``bytes`` and ``sha256``, the ``command`` that trained it in so many ``epochs``, the version of
+    ``jadder`` then, and perhaps a ``note``.
 
     Example:
       >>> sorted(pretrained())[0], pretrained()["lenet5-adder-mnist"]["test_accuracy"] > 0.99
@@ -49,7 +50,7 @@ def find(model: str, family: str, data: str) -> Path:
     return path
 
 
-def publish(content: bytes, entry: Mapping[str, Any], folder: Path = FOLDER) -> Path:
+def add(content: bytes, entry: Mapping[str, Any], folder: Path = FOLDER) -> Path:
     """Adds weights to those of the package, or replaces them.
 
     Args:
