@@ -82,6 +82,7 @@ def publish(argv: Sequence[str]) -> int:
             f"{run}: the test accuracy is {measured:.2%}, not {result['test_accuracy']:.2%} as its "
             "result says: are these the images that it was trained with?"
         )
+    written = content(model, dataset, {**said, "test_accuracy": measured}, dtype)
     entry: dict[str, Any] = {
         "model": architecture.model,
         "family": architecture.family,

@@ -424,7 +424,7 @@ class Run:
         return nnx.merge(self.graphdef, self.state["params"], self.state["model"])
 
     def leave_model(self, result: Result) -> None:
-        """Writes the model file of a finished run of which there is none, or not the last one's."""
+        """Writes the model file of a finished run that has none, as earlier versions left none."""
         place = self.folder / model_file.NAME
         if self.config.many_processes or is_there(place) or not saved_steps(self.folder):
             return

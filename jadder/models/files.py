@@ -1,9 +1,9 @@
 """Models as files: parameters, statistics and what the model is made of, in one safetensors file.
 
 The header's ``jadder`` entry is JSON: the fields of `Description` and `Architecture`, and a
-checksum of all arrays. Nothing in a file is unpickled, imported or evaluated; a model is built from
-its description with shapes alone, and no array is read before its name, shape and dtype are known
-to be right.
+checksum of these and of all arrays. Nothing in a file is unpickled, imported or evaluated; a model
+is built from its description with shapes alone, and no array is read before its name, shape and
+dtype are known to be right.
 """
 
 import dataclasses
@@ -163,10 +163,10 @@ def to_bytes(
     for name, variable in _variables(model).items():
         arrays[name] = _array(name, variable, param_dtype)
     header = {
-        "format": FORMAT, "version": VERSION, "sha256": _checksum(arrays),
-        **dataclasses.asdict(description), "architecture": _encode(architecture),
+        "format": FORMAT, "version": VERSION, **dataclasses.asdict(description),
+        "architecture": _encode(architecture),
     }  # fmt: skip
-    text = json.dumps(header, allow_nan=False)
+    text = json.dumps({**header, "sha256": _checksum(header, arrays)}, allow_nan=False)
     return safetensors.numpy.save(arrays, {_KEY: text})
 
 
@@ -199,8 +199,8 @@ def load_as(
             model = abstract(description.architecture)
             _check_arrays(_variables(model), shapes, {n: p.get_dtype() for n, p in parts.items()})
             arrays = {name: file.get_tensor(name) for name in shapes}
-        if (found := _checksum(arrays)) != header["sha256"]:
-            raise ValueError(f"its arrays are not those that were saved (SHA-256 {found:.16}...)")
+        if (found := _checksum(header, arrays)) != header["sha256"]:
+            raise ValueError(f"it is not as it was saved: its checksum is {found:.16}...")
     except FileNotFoundError:
         raise
     except _UNREADABLE as error:
@@ -250,9 +250,13 @@ def _array(name: str, variable: nnx.Variable[Any], param_dtype: DTypeLike | None
     return cast_to
 
 
-def _checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of names, dtypes, shapes and little-endian values, in order of the names."""
-    digest = hashlib.sha256()
+def _checksum(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of the header's other fields, in order, and of each array in order of the names.
+
+    Of an array: its name, dtype, shape and little-endian values.
+    """
+    said = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.name} {list(array.shape)}\n".encode())
         digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())

@@ -4,11 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from hypothesis import strategies
 
 import jadder
 from jadder import models
@@ -217,7 +219,8 @@ FAULTS = {
     "huge header": (b"\xff" * 8 + CONTENT[8:], "[Hh]eader"),
     "another format": (b"PK\x03\x04" + bytes(200), "[Hh]eader"),
     "text": (b"not a model at all, but some words in a file", "[Hh]eader"),
-    "a value changed": (CONTENT[:-3] + b"\x40" + CONTENT[-2:], "not those that were saved"),
+    "a value changed": (CONTENT[:-3] + b"\x40" + CONTENT[-2:], "it is not as it was saved"),
+    "a word changed": (altered(setting("class_names", to=list("abce"))), "it is not as it was"),
     "foreign": (safetensors.numpy.save({"w": np.ones(3)}), "no entry 'jadder'"),
     "foreign too": (safetensors.numpy.save({"w": np.ones(3)}, {"format": "pt"}), "no ent"),
     "no JSON": (safetensors.numpy.save({"w": np.ones(3)}, {"jadder": "{"}), "its header: "),
@@ -268,6 +271,25 @@ def test_one_line_for_a_file_that_holds_no_model(fault, tmp_path):
         models.load(path)
     assert str(caught.value).startswith(f"{path} holds no model of jadder: ")
     assert "\n" not in str(caught.value)
+
+
+@hypothesis.given(
+    place=strategies.integers(0, len(CONTENT) - 1), change=strategies.integers(1, 255)
+)
+@hypothesis.settings(max_examples=100)
+def test_a_changed_byte_is_noticed_or_changes_nothing(place, change, tmp_path_factory):
+    content = bytearray(CONTENT)
+    content[place] ^= change
+    path = tmp_path_factory.getbasetemp() / "changed"
+    path.write_bytes(content)
+    try:
+        model, description = models.load(path)
+    except ValueError:
+        return
+    path.write_bytes(CONTENT)
+    expected = models.load(path)
+    assert description == expected.description
+    assert_equal(model, expected.model)
 
 
 def test_places_without_a_file(tmp_path):
