@@ -1,5 +1,6 @@
 """From a finished training run to a folder of C: `python -m experiments.export --help`."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,16 +96,13 @@ def quantized(
     from flax import nnx
 
     import jadder
-    from experiments.images.load import load
     from experiments.training.config import from_record
+    from experiments.training.data import dataset_of
     from experiments.training.folder import read_fingerprint
     from experiments.training.start import calibration_images, trained
 
     config = from_record(read_fingerprint(run), run / "config.json")
-    dataset = load(
-        config.dataset, data_dir, image_size=config.image_size, limit_train=config.limit_train,
-        validation=config.validation,
-    )  # fmt: skip
+    dataset = dataset_of(dataclasses.replace(config, data_dir=data_dir))
     try:
         graphdef, (params, rest) = trained(run, dataset)
         network: Any = nnx.merge(graphdef, params, rest)

@@ -26,20 +26,22 @@ TensorFlow is installed and the archives of ImageNet lie in DIR/downloads/manual
 
 Images of 224 x 224, patches of 16, and the sizes of ViT-S/16 as SimpleViT has it (Beyer et al.,
 2022): 384 features, 12 blocks of 6 heads, an MLP of 1536; batch 1024, AdamW, rate 1e-3, weight
-decay 1e-4, 10,000 steps of warm-up (8 epochs), 90 epochs. --epochs 25 is the length of the second
-study's runs. --smoke trains a small network on a small stand-in that it writes in the same format:
-JPEG files of several sizes.
+decay 1e-4, 10,000 steps of warm-up (8 epochs), 90 epochs; random parts of an image, of 5 to 100 %
+of its area, resized and mirrored. Labels are smoothed by 0.1, for which they have RandAugment and
+mixup. --epochs 25 is the length of the second study's runs. --smoke trains a small network on a
+small stand-in that it writes in the same format: JPEG files of several sizes.
 """
 TRAINING = TrainingOptions(
     full=TrainConfig(
         dataset="tfds:imagenet2012", image_size=224, model="vit", epochs=90, batch_size=1024,
         weight_decay=1e-4, warmup_epochs=8.0,
+        random_crop=0.05, label_smoothing=0.1,
         model_options=("patch_size=16", "features=384", "depth=12", "num_heads=6",
                        "mlp_features=1536", "norm=batch"),
     ),
     smoke=TrainConfig(
         dataset="tfds:stand_in", image_size=16, model="vit", epochs=1, batch_size=16,
-        image_memory=0.0,
+        image_memory=0.0, random_crop=0.25, label_smoothing=0.1,
         model_options=("patch_size=8", "features=16", "depth=1", "num_heads=2", "mlp_features=16",
                        "norm=batch"),
     ),

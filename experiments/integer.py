@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     )
 
 
-def _each_seed(plans: Mapping[str, TrainConfig], seeds: Sequence[int]) -> Mapping[str, TrainConfig]:
+def _each_seed(plans: Mapping[str, TrainConfig], seeds: Sequence[int]) -> dict[str, TrainConfig]:
     """The plans for every seed; for a single one under their own names."""
     if len(seeds) > 1:
         return with_seeds(plans, seeds)

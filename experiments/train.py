@@ -77,6 +77,7 @@ def train_all(config: TrainConfig, argv: Sequence[str]) -> int:
                 if result is not None and first:
                     accuracy = f"test accuracy {result['test_accuracy']:.2%}"
                     print(f"{one.folder} is finished already: {accuracy}", file=sys.stderr)
+                    one.leave_model(result)
                 results[family] = result or one.train(stop)
         except Interrupted as stopped:
             again = command if config.resume else f"{command} --resume"
@@ -94,13 +95,9 @@ def read_dataset(config: TrainConfig) -> "Dataset":
     Raises:
         UserError: they are not to be had.
     """
-    from experiments.images.load import load
+    from experiments.training.data import dataset_of
 
-    return load(
-        config.dataset, config.data_dir, image_size=config.image_size,
-        limit_train=config.limit_train, validation=config.validation,
-        image_memory=config.image_memory,
-    )  # fmt: skip
+    return dataset_of(config)
 
 
 def run_folder(config: TrainConfig, family: str) -> Path:

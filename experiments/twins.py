@@ -60,7 +60,11 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
             epoch_table(first),
         ],
         pictures=[
-            Picture("times.png", "Accuracy over epochs and over seconds, of the first seed"),
+            Picture(
+                "times.png",
+                "Accuracy over epochs, and over seconds with those of compilation and "
+                "evaluation, of the first seed",
+            ),
             Picture("curves.png", "Loss and accuracy over epochs, of the first seed"),
         ],
         data={"runs": [one.summary() for one in runs]},

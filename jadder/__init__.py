@@ -10,6 +10,7 @@ from jadder.annealing import set_l1_share
 from jadder.checks import check_model
 from jadder.conversion import adderize, set_implementation
 from jadder.counting import count_operations, counted_flops
+from jadder.exporting import DISABLED_CHECKS
 from jadder.implementations import implementations
 from jadder.integer import IntegerProgram, export_c, export_hex, fake_quantize, quantize
 from jadder.nn import (
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ADDERNET",
     "ADDER_VIT",
+    "DISABLED_CHECKS",
     "SIGN",
     "AdderAttention",
     "AdderConv",

@@ -68,7 +68,7 @@ def implementations() -> dict[str, Availability]:
     missing = cpu.unavailable()
     native = fast = Availability(False, missing or "")
     if missing is None:
-        code = f"native code for the CPU ({cpu.instruction_set()}), float32 and bytes"
+        code = f"native code for the CPU ({cpu.instruction_set()}): floats in float32, and bytes"
         native = Availability(True, code)
         fast = Availability(True, f"{code}; forward products a third quicker, less exact")
     gpu, tpu = (_mosaic(name).unavailable() for name in ("mosaic_gpu", "mosaic_tpu"))

@@ -73,7 +73,8 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """
     try:
         # Without O_NONBLOCK, to open a FIFO would wait for somebody who writes.
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        number = os.open(path, os.O_RDONLY | flags)
         with os.fdopen(number, "rb") as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):

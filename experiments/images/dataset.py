@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
+from experiments.images.resize import fit
 from experiments.images.streamed import StreamedImages
 
 Images = NDArray[np.uint8]
@@ -30,6 +31,7 @@ class Dataset:
         crop_padding: by how many pixels augmentation may shift a training image.
         flip: whether augmentation may mirror a training image.
         note: what a reader of the results should know.
+        class_names: of the classes, in the order of their numbers.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Dataset:
     crop_padding: int
     flip: bool
     note: str = ""
+    class_names: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """A checksum of all labels and all images in memory, to tell this data from other data."""
@@ -82,21 +85,21 @@ def _counts(values: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def resize(images: Images, size: int) -> Images:
-    """Bilinear, the shorter side to `size`, then the middle square."""
-    from PIL import Image
-
-    height, width = images.shape[1:3]
-    if (height, width) == (size, size):
+    """Each as `fit` makes it a square."""
+    if images.shape[1:3] == (size, size):
         return images
-    scale = size / min(height, width)
-    new = (max(size, round(width * scale)), max(size, round(height * scale)))
-    left, top = (new[0] - size) // 2, (new[1] - size) // 2
     resized = np.empty((len(images), size, size, images.shape[3]), np.uint8)
     for i, image in enumerate(images):
-        for c in range(images.shape[3]):
-            channel = Image.fromarray(image[..., c]).resize(new, Image.Resampling.BILINEAR)
-            resized[i, ..., c] = np.asarray(channel)[top : top + size, left : left + size]
+        resized[i] = fit(image, size, size)
     return resized
+
+
+def some(images: Images | StreamedImages, count: int = 2048) -> Images:
+    """All images in memory, or some, evenly spaced."""
+    if not isinstance(images, StreamedImages):
+        return images
+    chosen: Images = images[np.unique(np.linspace(0, len(images) - 1, count).astype(int))]
+    return chosen
 
 
 def resized(dataset: Dataset, size: int) -> Dataset:

@@ -15,9 +15,15 @@ import numpy as np
 
 from experiments.common.environment import check_memory
 from experiments.common.errors import UserError
-from experiments.images import prepared
+from experiments.images import folders, prepared
 from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, resized
 from experiments.images.streamed import StreamedImages
+
+DIGITS = tuple("0123456789")
+CLOTHES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "ankle boot")  # fmt: skip
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                 "truck")  # fmt: skip
 
 
 def load(
@@ -28,34 +34,48 @@ def load(
     limit_train: int | None = None,
     validation: int = 0,
     image_memory: float = 4.0,
+    random_crops: bool = False,
+    seed: int = 0,
 ) -> Dataset:
     """Reads a data set.
 
     Args:
-        name: "digits", "mnist", "fashion_mnist", "cifar10" or "tfds:NAME[/CONFIG][:VERSION]".
+        name: "digits", "mnist", "fashion_mnist", "cifar10", "tfds:NAME[/CONFIG][:VERSION]" or
+            "folder:DIR", as `folders.load` describes it.
         data_dir: folder with the files, or with a folder of them; not used by digits.
         image_size: images of another size are resized to this one. Digits are 8 x 8 and are
             enlarged to 28 x 28 where none is given, the size that LeNet-5 is made for.
         limit_train: number of training images to keep, from the first.
         validation: number of training images, the last ones, that take the place of the test
             images. They are held back before `limit_train` counts the others.
-        image_memory: in GiB. A split of tfds: that is larger is read while it is used.
+        image_memory: in GiB. A split of tfds: or folder: that is larger is read while it is used.
+        random_crops: whether random parts of the training images will be asked for; those of tfds:
+            and folder: are then parts of the images as they are, before they are resized.
+        seed: chooses the test images of a folder: that does not have them by themselves.
 
     Raises:
         UserError: the name is unknown, or the folder does not hold the data set.
     """
     if name.startswith("tfds:"):
         dataset = prepared.load(
-            name, data_dir, image_size=image_size, image_memory=image_memory * 2**30
-        )
+            name, data_dir, image_size=image_size, image_memory=image_memory * 2**30,
+            random_crops=random_crops,
+        )  # fmt: skip
+    elif name.startswith("folder:"):
+        dataset = folders.load(
+            name, data_dir, image_size=image_size, image_memory=image_memory * 2**30,
+            random_crops=random_crops, seed=seed,
+        )  # fmt: skip
     elif name in _LOADERS:
         dataset = _LOADERS[name](Path(data_dir or "data"))
     else:
         known = ", ".join(_LOADERS)
-        raise UserError(f"--dataset: {name!r} is not one of {known} and does not begin with tfds:")
+        raise UserError(
+            f"--dataset: {name!r} is not one of {known} and does not begin with tfds: or folder:"
+        )
     if image_size is None and name == "digits":
         image_size = 28
-    if image_size is not None and not name.startswith("tfds:"):
+    if image_size is not None and name in _LOADERS:
         dataset = resized(dataset, image_size)
     _check_test_images(dataset)
     if validation:
@@ -121,6 +141,7 @@ def _load_digits(data_dir: Path) -> Dataset:
         "digits", images[~test], labels[~test], images[test], labels[test], 10, mean, std,
         crop_padding=2, flip=False,
         note="every fifth of scikit-learn's 1,797 images is a test image",
+        class_names=DIGITS,
     )  # fmt: skip
 
 
@@ -136,14 +157,19 @@ _IDX_FILES = (
 
 def _load_mnist(data_dir: Path) -> Dataset:
     arrays = _read_idx_folder(data_dir, ("mnist", "MNIST/raw", "MNIST"))
-    return Dataset("mnist", *arrays, 10, (0.1307,), (0.3081,), crop_padding=2, flip=False)
+    return Dataset(
+        "mnist", *arrays, 10, (0.1307,), (0.3081,), crop_padding=2, flip=False, class_names=DIGITS
+    )
 
 
 def _load_fashion_mnist(data_dir: Path) -> Dataset:
     arrays = _read_idx_folder(
         data_dir, ("fashion_mnist", "fashion-mnist", "FashionMNIST/raw", "FashionMNIST")
     )
-    return Dataset("fashion_mnist", *arrays, 10, (0.2860,), (0.3530,), crop_padding=2, flip=True)
+    return Dataset(
+        "fashion_mnist", *arrays, 10, (0.2860,), (0.3530,), crop_padding=2, flip=True,
+        class_names=CLOTHES,
+    )  # fmt: skip
 
 
 def _read_idx_folder(
@@ -244,6 +270,7 @@ def _load_cifar10(data_dir: Path) -> Dataset:
     return Dataset(
         "cifar10", images, labels, *parts[5], 10,
         (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), crop_padding=4, flip=True, note=note,
+        class_names=CIFAR_CLASSES,
     )  # fmt: skip
 
 

@@ -12,19 +12,25 @@ import numpy as np
 
 from experiments.common.errors import UserError
 from experiments.common.files import check_ordinary, read_json
-from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, resize
+from experiments.images.dataset import Dataset, Images, Labels, check_labels, moments, some
 from experiments.images.streamed import StreamedImages
 
 OWN_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+", re.ASCII)
 
 
 def load(
-    name: str, data_dir: str | None, *, image_size: int | None, image_memory: float
+    name: str,
+    data_dir: str | None,
+    *,
+    image_size: int | None,
+    image_memory: float,
+    random_crops: bool = False,
 ) -> Dataset:
     """Reads "tfds:NAME[/CONFIG][:VERSION]".
 
     A split whose images take more than `image_memory` bytes is not kept in memory: they are read
     and decoded whenever they are asked for, and the channels' means are those of 2,048 of them.
+    With `random_crops` that is so of the training images, which then are as they were prepared.
 
     Raises:
         UserError: there is no such set, it is of another kind or format, or it cannot be read.
@@ -46,14 +52,15 @@ def load(
             images: Images | StreamedImages = _images(
                 name, builder.as_data_source(split), image_key, image_size
             )
-            if math.prod(images.shape) <= image_memory:
+            kept = not (random_crops and split == "train")
+            if kept and math.prod(images.shape) <= image_memory:
                 images = cast(Images, images[np.arange(len(images))])
             undecoded = {image_key: tfds.decode.SkipDecoding()}
             source = builder.as_data_source(split, decoders=undecoded)
             labels = np.asarray([example[label_key] for example in source], np.int32)
             found.append((images, labels))
         (train_images, train_labels), (test_images, test_labels) = found
-        mean, std = moments(_some(train_images))
+        mean, std = moments(some(train_images))
     except UserError:
         raise
     except NotImplementedError:
@@ -72,6 +79,7 @@ def load(
         # Mirrored characters are other characters.
         flip=not any(word in name for word in ("mnist", "kmnist", "svhn", "cmaterdb", "digit")),
         note=f"test images: the split {test!r}",
+        class_names=tuple(builder.info.features[label_key].names),
     )  # fmt: skip
 
 
@@ -174,20 +182,12 @@ def _images(name: str, source: Any, key: str, size: int | None) -> StreamedImage
             image = example[key]
             if image.dtype != np.uint8:
                 raise UserError(f"{name} has images of {image.dtype}, expected uint8")
-            images.append(image if size is None else resize(image[None], size)[0])
-            if images[-1].shape != shape:
+            images.append(image)
+            if size is None and image.shape != shape:
                 raise UserError(
-                    f"{name} has images of several sizes, {shape} and {images[-1].shape}: "
+                    f"{name} has images of several sizes, {shape} and {image.shape}: "
                     "give --image-size"
                 )
         return images
 
-    return StreamedImages(read, range(len(source)), shape)
-
-
-def _some(images: Images | StreamedImages, count: int = 2048) -> Images:
-    """All images in memory, or some, evenly spaced."""
-    if not isinstance(images, StreamedImages):
-        return images
-    chosen: Images = images[np.unique(np.linspace(0, len(images) - 1, count).astype(int))]
-    return chosen
+    return StreamedImages(read, range(len(source)), shape, resize=size is not None)

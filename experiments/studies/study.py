@@ -19,13 +19,13 @@ import jax
 from experiments.common.errors import UserError
 from experiments.common.files import entry, is_there, read_json, write_json
 from experiments.images.dataset import Dataset
-from experiments.images.load import load
 from experiments.studies.command import Place
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.training.build import choose_model
 from experiments.training.checkpoint import check_fingerprint
 from experiments.training.config import FAMILIES, IMPLEMENTATIONS, TrainConfig
 from experiments.training.curves import draw
+from experiments.training.data import dataset_of, source_of
 from experiments.training.folder import Result, owned
 from experiments.training.metrics import Row
 from experiments.training.run import Diverged, Run, Wrap
@@ -105,14 +105,9 @@ def train(
     datasets: dict[tuple[Any, ...], Dataset] = {}
     done = []
     for label, config in plans.items():
-        source = (config.dataset, config.data_dir, config.image_size, config.limit_train,
-                  config.validation)  # fmt: skip
+        source = tuple(source_of(config).values())
         if source not in datasets:
-            datasets[source] = load(
-                config.dataset, config.data_dir, image_size=config.image_size,
-                limit_train=config.limit_train, validation=config.validation,
-                image_memory=config.image_memory,
-            )  # fmt: skip
+            datasets[source] = dataset_of(config)
         dataset = datasets[source]
         config = dataclasses.replace(
             config,

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ LATER: Fingerprint = {
     "teacher": None,
     "distill_weight": 0.5,
     "distill_temperature": 2.0,
+    "earlier_epochs": [],
+    "random_crop": None,
+    "label_smoothing": 0.0,
 }
 """What earlier versions, whose fingerprints do not say so, did."""
 
@@ -45,15 +48,24 @@ class Checkpoints:
     Args:
         folder: where the checkpoints lie, each in a folder named after its step.
         fingerprint: what decides the run's numbers; a checkpoint with another one is refused.
+        or_these: fingerprints that a checkpoint may have as well.
         read_only: leaves the folder as it is, and makes none.
 
     Raises:
         UserError: the folder cannot be read or made.
     """
 
-    def __init__(self, folder: Path, fingerprint: Fingerprint, *, read_only: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: Fingerprint,
+        *,
+        or_these: Sequence[Fingerprint] = (),
+        read_only: bool = False,
+    ):
         self.folder = folder
         self.fingerprint = fingerprint
+        self.or_these = or_these
         if is_there(folder) and not folder.is_dir():
             raise UserError(f"{folder} is a file, expected a folder with checkpoints")
         limits: dict[str, Any] = (
@@ -62,7 +74,9 @@ class Checkpoints:
             else {"max_to_keep": 2}
         )
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **limits)
-        with _one_error(f"{folder} cannot be opened"):
+        # Its warning that a folder is read only says nothing that was not asked for.
+        quiet = _log_level(logging.ERROR) if read_only else contextlib.nullcontext()
+        with _one_error(f"{folder} cannot be opened"), quiet:
             self._manager = ocp.CheckpointManager(
                 folder.absolute(), item_names=("state", "meta"), options=options
             )
@@ -131,7 +145,8 @@ class Checkpoints:
     def _progress(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=args).meta
-        check_fingerprint(meta["fingerprint"], self.fingerprint, self.folder / str(step))
+        if not any(is_of_run(meta["fingerprint"], one) for one in self.or_these):
+            check_fingerprint(meta["fingerprint"], self.fingerprint, self.folder / str(step))
         progress: dict[str, Any] = meta["progress"]
         if not isinstance(progress["epochs"], int) or not progress["seconds"] >= 0:
             raise ValueError(f"progress {progress!r:.200}")
@@ -164,6 +179,18 @@ def _one_error(what: str, status: int | None = None) -> Iterator[None]:
         full = disk_is_full(error)
         reason = "the disk is full" if full else f"{type(error).__name__}: {one_line(str(error))}"
         raise UserError(f"{what} ({reason})", status=status or 1) from None
+
+
+@contextlib.contextmanager
+def _log_level(level: int) -> Iterator[None]:
+    """Of orbax's log, which is absl's."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -203,6 +230,15 @@ def check_fingerprint(saved: Any, current: Fingerprint, where: Path) -> None:
     if not isinstance(saved, dict):
         raise UserError(f"{where} does not say of which run it is")
     check_same_options(LATER | saved, LATER | current, where)
+
+
+def is_of_run(saved: Any, fingerprint: Fingerprint) -> bool:
+    """Whether `check_fingerprint` finds no difference."""
+    try:
+        check_fingerprint(saved, fingerprint, Path())
+    except UserError:
+        return False
+    return True
 
 
 def check_same_options(saved: dict[str, Any], current: dict[str, Any], where: Path) -> None:

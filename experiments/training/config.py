@@ -84,14 +84,16 @@ class TrainConfig:
     dataset: str = _option(
         "digits",
         "data",
-        "digits (comes with scikit-learn), mnist, fashion_mnist, cifar10, or tfds:NAME for an "
-        "image classification set that tensorflow-datasets has prepared",
+        "digits (comes with scikit-learn), mnist, fashion_mnist, cifar10, folder:DIR for images "
+        "of one's own in DIR/train/CLASS and DIR/test/CLASS, or in DIR/CLASS, of which --seed "
+        "chooses a fifth for the test; or tfds:NAME for an image classification set that "
+        "tensorflow-datasets has prepared",
     )
     data_dir: str | None = _option(
         None,
         "data",
         "folder with the data set's files, or with a folder of its name; default: 'data', for "
-        "tfds: ~/tensorflow_datasets",
+        "tfds: ~/tensorflow_datasets, for folder: its DIR",
         metavar="DIR",
     )
     image_size: int | None = _option(
@@ -110,8 +112,8 @@ class TrainConfig:
     image_memory: float = _option(
         4.0,
         "data",
-        "images of a split that tensorflow-datasets has prepared are kept in memory up to this "
-        "size, otherwise read and decoded batch by batch",
+        "images of a split of folder: or tfds: are kept in memory up to this size, otherwise read "
+        "and decoded batch by batch",
         metavar="GIB",
     )
     augment: str = _option(
@@ -120,6 +122,15 @@ class TrainConfig:
         "what happens to training images at random: 'standard' shifts and mirrors them, where that "
         "suits the data set; 'randaugment' does RandAugment(2, 14) before that",
         choices=AUGMENTATIONS,
+    )
+
+    random_crop: float | None = _option(
+        None,
+        "data",
+        "train on random parts of the images, of at least this share of their area, resized, in "
+        "place of shifting them: for photographs, with 0.08, say. Images of folder: and tfds: are "
+        "read anew for it in each epoch",
+        metavar="AREA",
     )
 
     epochs: int = _option(20, "training", "passes over the training images")
@@ -171,8 +182,9 @@ class TrainConfig:
     start: str | None = _option(
         None,
         "training",
-        "begin with the parameters of this finished run of the same network, on the same images",
-        metavar="FOLDER",
+        "begin with the parameters of a finished run of the same network, on the same images, or "
+        "of a model file such as such a run leaves, whatever images that was trained on",
+        metavar="FOLDER_OR_FILE",
     )
     bits: int | None = _option(
         None,
@@ -198,6 +210,13 @@ class TrainConfig:
         2.0, "training", "with --teacher: what all logits are divided by before they are compared",
         metavar="T",
     )  # fmt: skip
+    label_smoothing: float = _option(
+        0.0,
+        "training",
+        "share of each training label that goes to all classes evenly; 0.1 for large sets of "
+        "photographs, say",
+        metavar="SHARE",
+    )
     seed: int = _option(0, "training", "two runs with one seed give the same numbers")
 
     devices: int | None = _option(
@@ -222,7 +241,12 @@ class TrainConfig:
     name: str | None = _option(
         None, "output", "name of the run's folder; default: DATASET-MODEL-FAMILY-sSEED"
     )
-    resume: bool = _option(False, "output", "go on from the last checkpoint of this very run")
+    resume: bool = _option(
+        False,
+        "output",
+        "go on from the last checkpoint of this very run. A finished run with more --epochs is "
+        "made longer: its rows stay, and the learning rate goes on as in a run of the new length",
+    )
     checkpoint_every: float = _option(
         60.0, "output", "save at least this often, besides each epoch's end", metavar="SECONDS"
     )
@@ -230,7 +254,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("epochs", "batch_size", "image_size", "limit_train", "learning_rate", "eta",
                       "adder_rate", "distill_temperature", "checkpoint_every", "devices",
-                      "num_processes", "bits"):  # fmt: skip
+                      "num_processes", "bits", "random_crop"):  # fmt: skip
             self._check_number(field, positive=True)
         for field in (
             "validation",
@@ -239,12 +263,17 @@ class TrainConfig:
             "warmup_epochs",
             "momentum",
             "distill_weight",
+            "label_smoothing",
             "seed",
             "process_id",
         ):
             self._check_number(field, positive=False)
         if self.momentum >= 1:
             raise UserError(f"--momentum must be below 1, got {self.momentum}")
+        if self.label_smoothing >= 1:
+            raise UserError(f"--label-smoothing must be below 1, got {self.label_smoothing}")
+        if self.random_crop is not None and self.random_crop > 1:
+            raise UserError(f"--random-crop must be at most 1, got {self.random_crop}")
         if self.distill_weight > 1:
             raise UserError(f"--distill-weight must be at most 1, got {self.distill_weight}")
         if self.seed >= 2**32:
@@ -292,7 +321,10 @@ class TrainConfig:
 
     @property
     def stem(self) -> str:
-        return re.sub(r"[^\w.+-]+", "_", f"{self.dataset}-{self.model}")
+        dataset = self.dataset
+        if dataset.startswith("folder:"):
+            dataset = Path(dataset.removeprefix("folder:")).expanduser().resolve().name or "folder"
+        return re.sub(r"[^\w.+-]+", "_", f"{dataset}-{self.model}")
 
     def science(self) -> dict[str, Any]:
         """The fields that decide a run's numbers."""

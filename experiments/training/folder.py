@@ -4,6 +4,7 @@ config.json     the run's fingerprint, and the command that began it
 checkpoints/    a folder for each step that was saved, with the rows of the epochs before it
 metrics.jsonl   those rows, a line each
 result.json     of a run that has ended, and which run that is
+model.safetensors   its network, as jadder.models.load reads it; none of a run with --bits
 diverged.json   of a run in a study whose loss became infinite or NaN
 curves.png
 """

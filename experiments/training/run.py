@@ -11,19 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from experiments.common.environment import hardware, peak_memory, versions
 from experiments.common.errors import UserError
 from experiments.common.files import is_there, write_json
 from experiments.common.interrupt import Interrupted, StopRequest
 from experiments.images.dataset import Dataset, Images, Labels
-from experiments.images.streamed import StreamedImages
-from experiments.training import annealing, devices, optimizer, steps
-from experiments.training.checkpoint import Checkpoints, check_fingerprint, checksum, describe
+from experiments.images.streamed import Crops, StreamedImages, cropped
+from experiments.training import annealing, devices, longer, model_file, optimizer, steps
+from experiments.training.checkpoint import (
+    Checkpoints,
+    check_fingerprint,
+    checksum,
+    describe,
+    is_of_run,
+)
 from experiments.training.clock import Clock
 from experiments.training.config import TrainConfig
 from experiments.training.curves import draw
-from experiments.training.folder import Result, read_fingerprint, read_result
+from experiments.training.folder import Result, read_fingerprint, read_result, saved_steps
 from experiments.training.metrics import MetricsFile, Row, are_complete, plain, read_rows
 from experiments.training.processes import Votes, is_first, make_shared
 from experiments.training.progress import Progress
@@ -107,7 +114,9 @@ class Run:
         self.train_steps = [
             steps.make_train_step(
                 graphdef, tx, dataset, self.devices,
-                dtype=self.dtype, seed=config.seed, augment=config.augment, teacher=teacher,
+                dtype=self.dtype, seed=config.seed, augment=config.augment,
+                shift=config.random_crop is None, label_smoothing=config.label_smoothing,
+                teacher=teacher,
             )
             for graphdef in graphdefs
         ]  # fmt: skip
@@ -127,17 +136,19 @@ class Run:
             "parameters": describe(self.state["params"]),
         }
         if is_there(self.folder / "config.json"):
-            check_fingerprint(read_fingerprint(self.folder), self.fingerprint, self.folder)
+            self.fingerprint = longer.continued(self.folder, self.fingerprint, resume=config.resume)
 
     def finished(self) -> Result | None:
         """The result, if the run has come to its end; mends metrics.jsonl beside it.
+
+        A run that is being made longer has not, whatever result it had before.
 
         Raises:
             UserError: the result, the rows or, of a run that has not, the newest checkpoint are
                 damaged or of another run.
         """
         result = read_result(self.folder)
-        if result is None:
+        if result is None or longer.is_shorter(result["run"], self.fingerprint):
             self.rows = self.saved_rows()
             return None
         check_fingerprint(result["run"], self.fingerprint, self.folder / "result.json")
@@ -170,9 +181,18 @@ class Run:
         folder = self.folder / "checkpoints"
         if not folder.is_dir():
             return []
-        with Checkpoints(folder, self.fingerprint, read_only=True) as checkpoints:
+        with self._checkpoints(read_only=True) as checkpoints:
             progress = checkpoints.progress()
         return [] if progress is None else self._rows(progress)
+
+    def _checkpoints(self, *, read_only: bool = False) -> Checkpoints:
+        """Those of the folder, also from before the run was made longer."""
+        return Checkpoints(
+            self.folder / "checkpoints",
+            self.fingerprint,
+            or_these=longer.lengths_before(self.fingerprint),
+            read_only=read_only,
+        )
 
     def _rows(self, progress: dict[str, Any]) -> list[Row]:
         """The rows of a checkpoint; earlier versions kept them in metrics.jsonl alone."""
@@ -204,7 +224,7 @@ class Run:
         """
         make_shared(self.folder)
         begun = is_there(self.folder / "config.json")
-        with Checkpoints(self.folder / "checkpoints", self.fingerprint) as checkpoints:
+        with self._checkpoints() as checkpoints:
             restored = checkpoints.restore(self.state)
             rows: list[Row] = []
             seconds = 0.0
@@ -214,12 +234,23 @@ class Run:
                 self._check_step(len(rows))
             elif begun and is_first():
                 print(f"{self.folder} has no checkpoint yet: begins with step 0", file=sys.stderr)
-            if is_first() and not begun:
-                record = {"run": self.fingerprint, "command": self.command, "versions": versions()}
-                write_json(self.folder / "config.json", record)
+            if is_first() and not (begun and self._is_recorded()):
+                self._record()
+            if is_first():
+                (self.folder / "result.json").unlink(missing_ok=True)
             metrics = self._metrics(rows)
             self._loop(checkpoints, metrics, stop, seconds)
         return self._finish(metrics.rows)
+
+    def _is_recorded(self) -> bool:
+        return is_of_run(read_fingerprint(self.folder), self.fingerprint)
+
+    def _record(self) -> None:
+        """Writes config.json, anew where the run is made longer, whose result is none any more."""
+        said = longer.record(self.folder, self.fingerprint, self.command)
+        write_json(self.folder / "config.json", {**said, "versions": versions()})
+        if (self.folder / "result.json").exists():
+            longer.say(self.folder, self.fingerprint, float(self.schedule(self.state["step"])))
 
     def _check_step(self, epochs: int) -> None:
         """Raises UserError unless the restored step is one of the epoch after the rows'."""
@@ -260,7 +291,7 @@ class Run:
                 clock.start_epoch()
                 first = step
                 while step < (epoch + 1) * self.steps_per_epoch:
-                    batch = self._batch(order, step - epoch * self.steps_per_epoch)
+                    batch = self._batch(order, step - epoch * self.steps_per_epoch, epoch)
                     train_step = self.train_steps[self.stage(step)]
                     self.state, sums = train_step(self.state, *batch, *self.known)
                     step += 1
@@ -295,10 +326,12 @@ class Run:
         """Which of the stages of annealing a step (from 0) belongs to; the only one without."""
         return annealing.stage_of(step, self.total_steps, len(self.train_steps))
 
-    def _batch(self, order: Order, number: int) -> tuple[jax.Array, jax.Array]:
-        """The images and labels of one step of an epoch."""
+    def _batch(self, order: Order, number: int, epoch: int = 0) -> tuple[jax.Array, jax.Array]:
+        """The images and labels of one step of an epoch (from 0)."""
         index = order[number * self.config.batch_size :][: self.config.batch_size]
         images, labels = self.dataset.train_images, self.dataset.train_labels
+        if self.config.random_crop is not None:
+            images = cropped(images, Crops(self.config.random_crop, self.config.seed, epoch))
         return self.devices.rows(images, index), self.devices.rows(labels, index)
 
     def _zero_sums(self) -> Any:
@@ -332,7 +365,7 @@ class Run:
         folder = self.folder / "checkpoints"
         if not folder.is_dir():
             raise UserError(f"{self.folder} has no checkpoint")
-        with Checkpoints(folder, self.fingerprint, read_only=True) as checkpoints:
+        with self._checkpoints(read_only=True) as checkpoints:
             restored = checkpoints.restore(self.state)
         if restored is None:
             raise UserError(f"{self.folder} has no checkpoint")
@@ -376,14 +409,27 @@ class Run:
             "images_per_second": statistics.median(row["images_per_second"] for row in rows),
             **peak_memory(),
             "command": self.command,
-            "note": self.dataset.note,
+            "note": "; ".join(filter(None, (self.dataset.note, longer.note(self.fingerprint)))),
             "versions": versions(),
             "hardware": hardware(self.devices.mesh.devices.tolist()),
         }
         if is_first():
             draw(self.folder / "curves.png", self.name, {self.family: rows})
+            model_file.write(self.folder, self.model(), self.dataset, result)
             write_json(self.folder / "result.json", result)
         return result
+
+    def model(self) -> Any:
+        """The network as it is now."""
+        return nnx.merge(self.graphdef, self.state["params"], self.state["model"])
+
+    def leave_model(self, result: Result) -> None:
+        """Writes the model file of a finished run that has none, as earlier versions left none."""
+        place = self.folder / model_file.NAME
+        if self.config.many_processes or is_there(place) or not saved_steps(self.folder):
+            return
+        self.restore()
+        model_file.write(self.folder, self.model(), self.dataset, result)
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> Order:

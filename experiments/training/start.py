@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import jadder.models
 from experiments.common.errors import UserError
 from experiments.common.files import entry
 from experiments.images.dataset import Dataset
@@ -40,17 +41,42 @@ def starting_model(
     """
     model = build_model(config, family, dataset)
     if config.start is not None:
-        folder = Path(config.start)
+        place = Path(config.start)
         try:
-            _, (params, rest) = trained(folder, dataset, after)
-            model = _with_state(model, params, rest)
+            known = of_file(place, model) if place.is_file() else trained(place, dataset, after)[1]
+            model = _with_state(model, *known)
         except UserError as error:
-            raise UserError(f"--start {folder}: {error}", error.status) from None
+            raise UserError(f"--start {place}: {error}", error.status) from None
     if config.bits is not None:
         with refusals(f"--bits {config.bits}"):
             model = fake_quantize(model, calibration_images(dataset), bits=config.bits,
                                   mean=dataset.mean, std=dataset.std)  # fmt: skip
     return model
+
+
+def of_file(path: Path, like: Any) -> tuple[Any, Any]:
+    """The parameters of a model file, and what else its network keeps.
+
+    Args:
+        path: of the file.
+        like: a network, with whose structure the file's must agree, but for the gradient rule and
+            the size of the images.
+
+    Raises:
+        UserError: the file holds no model, or one of another structure.
+    """
+    try:
+        model, description = jadder.models.load(path)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+    theirs, own = vars(description.architecture), vars(like.architecture)
+    for name in own.keys() - {"rule", "image_size"}:
+        if theirs[name] != own[name]:
+            raise UserError(
+                f"it is the run of another network: its {name} is {theirs[name]}, not {own[name]}"
+            )
+    _, params, rest = steps.split(model)
+    return params, rest
 
 
 def calibration_images(dataset: Dataset) -> Any:

@@ -65,6 +65,14 @@ def _add(sums: Any, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> An
     }
 
 
+def _loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    if not smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    soft = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype),
+                               smoothing)  # fmt: skip
+    return optax.softmax_cross_entropy(logits, soft).mean()
+
+
 def make_train_step(
     graphdef: nnx.GraphDef[Any],
     tx: optax.GradientTransformation,
@@ -74,6 +82,8 @@ def make_train_step(
     dtype: DTypeLike,
     seed: int,
     augment: str,
+    shift: bool = True,
+    label_smoothing: float = 0.0,
     teacher: Teacher | None = None,
 ) -> Callable[..., tuple[State, Any]]:
     """The jitted step (state, x, y) -> (state, sums).
@@ -81,7 +91,8 @@ def make_train_step(
     `x` and `y` are the images and labels of a batch, sharded; state and sums are replicated.
     Whatever is random in a step comes from `seed` and the step's number, so a run that was
     interrupted goes on with the same numbers, on any devices. The state's buffers are donated.
-    `augment` is one of `config.AUGMENTATIONS`.
+    `augment` is one of `config.AUGMENTATIONS`, and `shift` whether it may shift images.
+    `label_smoothing` is the share of each label that goes to all classes.
     `dtype` is that of the images that the model takes, and of the loss.
     With a `teacher`, which sees the same images, the step is (state, x, y, teacher's state).
     """
@@ -92,7 +103,7 @@ def make_train_step(
         model.train()
         logits = model(x).astype(dtype)
         _, _, rest = split(model)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        loss = _loss(logits, labels, label_smoothing)
         loss = loss if teacher is None else teacher.mix(loss, logits, soft)
         return loss, (logits, rest)
 
@@ -102,7 +113,7 @@ def make_train_step(
             if augment == "randaugment":
                 x = random_augment(jax.random.fold_in(key, 0), x)
             crop_key, flip_key = jax.random.split(key)
-            x = random_crop(crop_key, x, dataset.crop_padding)
+            x = random_crop(crop_key, x, dataset.crop_padding) if shift else x
             x = random_flip(flip_key, x) if dataset.flip else x
         x = normalize(x, mean, std)
         soft = None if teacher is None else teacher.logits(known, x)

@@ -10,9 +10,7 @@ import json
 import math
 import os
 import re
-import stat
 import struct
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -23,11 +21,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jadder.files import PathLike, open_regular, parse_json, write_bytes
 from jadder.integer import xla
 from jadder.integer.header import ArrayReference, decode, encode, refer
 from jadder.integer.program import IntegerProgram
-
-PathLike = str | os.PathLike[str]
 
 _HEADER = "program.json"
 _OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
@@ -139,17 +136,6 @@ def golden_values(program: IntegerProgram, images: ArrayLike | None) -> list[NDA
     return [np.asarray(value) for value in xla.every_value(program, given)]  # type: ignore[arg-type]
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces ``path`` at once."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
 # -- Writing ---------------------------------------------------------------------------------------
 
 
@@ -182,7 +168,7 @@ class _Archive:
         if (size := sum(member.file_size for member in members)) > _LARGEST_CONTENT:
             raise ValueError(f"at most {_LARGEST_CONTENT} bytes of content expected, got {size}")
         self._used = {_HEADER}
-        header = _parse(self._read(_HEADER, _LARGEST_HEADER))
+        header = parse_json(self._read(_HEADER, _LARGEST_HEADER), _HEADER)
         self.program, self.golden = decode(header, self._claim_and_fetch)
         for each in self.golden:
             self._claim(each)
@@ -236,22 +222,16 @@ class _Archive:
 def _opened(path: PathLike) -> Iterator[_Archive]:
     """The archive at ``path``; whatever is wrong with it becomes one kind of error."""
     name = os.fspath(path)
-    with _open_file(name) as file:
+    try:
+        file = open_regular(name)
+    except ValueError as error:
+        raise ValueError(f"{name} holds no integer program: {error}") from None
+    with file:
         try:
             yield _Archive(file)
         except _UNREADABLE as error:
             said = str(error) or type(error).__name__
             raise ValueError(f"{name} holds no integer program: {said:.500}") from None
-
-
-def _open_file(name: str) -> BinaryIO:
-    # A pipe without a writer would keep a reader waiting.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(name, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError(f"{name} holds no integer program: it is not a regular file")
-    return os.fdopen(descriptor, "rb")
 
 
 def _check_directory(file: BinaryIO) -> None:
@@ -272,28 +252,6 @@ def _check_directory(file: BinaryIO) -> None:
         raise ValueError("a zip archive without a comment and without zip64 records expected")
     if directory > _LARGEST_DIRECTORY:
         raise ValueError(f"a directory of at most {_LARGEST_DIRECTORY} bytes: got {directory}")
-
-
-def _parse(content: bytes) -> Any:
-    try:
-        return json.loads(
-            content.decode(), object_pairs_hook=_unique, parse_constant=_no_constant
-        )  # fmt: skip
-    except RecursionError:
-        raise ValueError(f"{_HEADER}: too many brackets in brackets") from None
-    except ValueError as error:
-        raise ValueError(f"{_HEADER}: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a field twice in one object")
-    return fields
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"a finite number expected, got {name}")
 
 
 def _bytes_of(reference: ArrayReference) -> int:

@@ -31,7 +31,7 @@ from jadder.kernels.varying import result_like_operands
 from jadder.rules import Clip
 
 _LIBRARY = "libjadder_cpu.so"
-_TARGETS = (
+TARGETS = (
     "matmul",
     "matmul_dx",
     "matmul_dw",
@@ -230,7 +230,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             f"the native library was built with the headers of jaxlib {built}, and jaxlib "
             f"{jaxlib.version.__version__} is older"
         )
-    for target in _TARGETS:
+    for target in TARGETS:
         capsule = jax.ffi.pycapsule(getattr(library, f"jadder_{target}"))
         jax.ffi.register_ffi_target(f"jadder_{target}", capsule, platform="cpu")
     return library, None

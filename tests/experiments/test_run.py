@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jadder.models
 from experiments.common.errors import UserError
 from experiments.common.interrupt import Interrupted
 from experiments.images.dataset import Dataset
 from experiments.images.load import load
+from experiments.training import steps
 from experiments.training.checkpoint import checksum
 from experiments.training.clock import Clock
 from experiments.training.config import AUGMENTATIONS, TrainConfig
@@ -29,6 +31,8 @@ from experiments.training.folder import (
     owned,
     saved_steps,
 )
+from experiments.training.longer import continued
+from experiments.training.optimizer import warmup_cosine
 from experiments.training.run import Run, epoch_order
 from tests.experiments.stop import StopAfter
 
@@ -241,7 +245,8 @@ def test_result_and_files(whole: Run) -> None:
     result, rows = whole.finished(), rows_of(whole)
     assert result is not None
     names = {path.name for path in whole.folder.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "curves.png", "checkpoints", "result.json"}
+    assert names == {"config.json", "metrics.jsonl", "curves.png", "checkpoints", "result.json",
+                     "model.safetensors"}  # fmt: skip
     assert result["test_accuracy"] == rows[-1]["test_accuracy"]
     assert result["best_test_accuracy"] == max(row["test_accuracy"] for row in rows)
     assert result["steps"] == rows[-1]["step"] == 21
@@ -274,6 +279,111 @@ def test_evaluation_agrees_with_the_model(whole: Run, dataset: Dataset) -> None:
     logits = model((dataset.test_images.astype(np.float32) / 255 - mean) / std)
     accuracy = np.mean(np.argmax(np.asarray(logits), -1) == dataset.test_labels)
     assert accuracy == pytest.approx(rows_of(whole)[-1]["test_accuracy"])
+
+
+def test_a_run_leaves_its_model(
+    whole: Run, dataset: Dataset, copied: Callable[[Path], Run], tmp_path: Path
+) -> None:
+    model, description = jadder.models.load(whole.folder / "model.safetensors")
+    logits = model(description.normalize(dataset.test_images))
+    accuracy = np.mean(np.argmax(np.asarray(logits), -1) == dataset.test_labels)
+    result = whole.finished()
+    assert result is not None
+    assert accuracy == pytest.approx(result["test_accuracy"])
+    assert description.about["test_accuracy"] == result["test_accuracy"]
+    assert description.about["data"] == "digits"
+    assert description.class_names == tuple("0123456789")
+    assert checksum(steps.split(model)[1]) == result["parameters_sha256"]
+    # A run that ended before there were such files gets one.
+    run = copied(tmp_path / "run")
+    expected = (run.folder / "model.safetensors").read_bytes()
+    (run.folder / "model.safetensors").unlink()
+    run.leave_model(result)
+    assert (run.folder / "model.safetensors").read_bytes() == expected
+
+
+def test_a_run_can_start_from_a_model_file(whole: Run, dataset: Dataset, tmp_path: Path) -> None:
+    file = whole.folder / "model.safetensors"
+    other = dataclasses.replace(dataset, test_images=dataset.test_images[:, ::-1])
+    run = start(tmp_path, other, start=str(file))
+    assert checksum(run.state["params"]) == checksum(whole.state["params"])
+    assert checksum(run.state["model"]) == checksum(whole.state["model"])
+    assert run.fingerprint["start_parameters"] == checksum(whole.state["params"])
+    for changes, text in (
+        ({"model_options": ("multiply_ends=False",)}, "its options is "),
+        ({"family": ("conv",)}, "its family is adder, not conv"),
+    ):
+        with pytest.raises(UserError, match=f"run of another network: {text}"):
+            start(tmp_path, dataset, start=str(file), **changes)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"--start .* holds no model of jadder") as caught:
+        start(tmp_path, dataset, start=str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_finished_run_can_be_made_longer(
+    whole: Run, dataset: Dataset, copied: Callable[[Path], Run], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    copied(tmp_path / "run")
+    before = contents(tmp_path)
+    options: dict[str, Any] = {"name": "run", "resume": True}
+    for changes, text in (
+        ({"epochs": 5, "resume": False}, "its epochs is 3, not 5"),
+        ({"epochs": 2}, "its epochs is 3, not 2"),
+        ({"epochs": 5, "eta": 0.3}, "its eta is 0.2, not 0.3"),
+    ):
+        with pytest.raises(UserError, match=text):
+            start(tmp_path, dataset, **options | changes)
+    assert contents(tmp_path) == before
+    run = start(tmp_path, dataset, **options, epochs=5)
+    assert run.finished() is None
+    assert [row["epoch"] for row in run.rows] == [1, 2, 3]
+    with pytest.raises(Interrupted, match="stopped after 24 of 35 steps"):
+        run.train(StopAfter(3))
+    assert "from 3 to 5 epochs: it keeps its rows, and the learning rate goes on from " in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "run" / "result.json").exists()
+    # Half-way it is a run of five epochs, of no other number.
+    with pytest.raises(UserError, match=r"its epochs is 5, not 7; once it has ended"):
+        start(tmp_path, dataset, **options, epochs=7)
+    run = start(tmp_path, dataset, **options, epochs=5)
+    result = run.train(StopAfter())
+    assert "made longer" not in capsys.readouterr().err
+    rows = rows_of(run)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[:3] == rows_of(whole)
+    schedule = warmup_cosine(0.1, total_steps=35, steps_per_epoch=7, warmup_epochs=1.0)
+    for row in rows[3:]:
+        assert row["learning_rate"] == pytest.approx(float(schedule(row["step"] - 1)))
+    assert result["note"].endswith("made longer after 3 epochs")
+    assert result["run"]["earlier_epochs"] == [3]
+    recorded = json.loads((run.folder / "config.json").read_text())
+    assert recorded["earlier_commands"] == ["the command"]
+    about = jadder.models.load(run.folder / "model.safetensors").description.about
+    assert (about["epochs"], about["test_accuracy"]) == (5, result["test_accuracy"])
+    # To the same bits without an interruption, and no run of five epochs from the start.
+    copied(tmp_path / "again")
+    again = start(tmp_path, dataset, **options | {"name": "again"}, epochs=5)
+    assert again.train(StopAfter())["parameters_sha256"] == result["parameters_sha256"]
+    assert start(tmp_path, dataset, **options, epochs=5).finished() == result
+
+
+def test_what_cannot_be_made_longer(
+    interrupted: Path, dataset: Dataset, copied: Callable[[Path], Run], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"its epochs is 3, not 9; once it has ended with"):
+        start(interrupted, dataset, name="run", resume=True, epochs=9)
+    run = copied(tmp_path / "run")
+    annealed = {**run.fingerprint, "anneal": "rule"}
+    for name in ("config.json", "result.json"):
+        said = json.loads((run.folder / name).read_text())
+        (run.folder / name).write_text(json.dumps({**said, "run": annealed}))
+    with pytest.raises(UserError, match=r"its stages of --anneal rule are over"):
+        continued(run.folder, {**annealed, "epochs": 5}, resume=True)
+    assert continued(run.folder, annealed, resume=True) == annealed
 
 
 def test_seed_decides_the_initial_parameters(dataset: Dataset, tmp_path: Path) -> None:
