@@ -1,0 +1,114 @@
+"""Docstrings as they are written: `AdderConv` is code, and a link where jadder has the name.
+
+What reStructuredText takes for markup and the docstrings mean as mathematics, |x - w| and
+(*window, C, F), is text.
+"""
+
+import re
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.docutils import SphinxRole
+
+MAYBE = "jadder_maybe"
+"""Marks references that are allowed to lead nowhere."""
+
+
+LITERAL = re.compile(r"``.+?``", re.DOTALL)
+
+
+class Name(SphinxRole):
+    """A name in single backticks; whatever jadder does not have stays plain code."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        return [_maybe(self.env, self.text, self.rawtext)], []
+
+
+def _maybe(env: BuildEnvironment, text: str, rawtext: str = "") -> nodes.Element:
+    literal = nodes.literal(rawtext or text, text, classes=["name"])
+    target = text.strip().removesuffix("()")
+    if not all(part.isidentifier() for part in target.split(".")):
+        return literal
+    return pending_xref(
+        rawtext,
+        literal,
+        refdomain="py",
+        reftype="obj",
+        reftarget=target,
+        refdoc=env.docname,
+        refspecific=True,
+        **{MAYBE: True, **env.ref_context},
+    )
+
+
+class LinkCode(SphinxPostTransform):
+    """Makes links of code in running text that is the whole name of something, `jadder.quantize`."""
+
+    default_priority = 5
+
+    def run(self, **kwargs: Any) -> None:
+        for literal in list(self.document.findall(nodes.literal)):
+            text = literal.astext()
+            inside = literal.parent
+            while inside is not None and not isinstance(inside, nodes.reference | nodes.title):
+                inside = inside.parent
+            if inside is None and text.startswith("jadder.") and "name" not in literal["classes"]:
+                literal.replace_self(_maybe(self.env, text))
+
+
+def _settle(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element
+) -> nodes.Element | None:
+    """What is not there: no fault in a docstring's name, nor in the type of another package.
+
+    Anything else that is asked for as jadder's own is one, and ends a strict build. A module's
+    name for something that the site has as `jadder.NAME` finds it there.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    target = str(node["reftarget"])
+    own = target.startswith("jadder.")
+    name = target.rpartition(".")[2]
+    if own and f"jadder.{name}" in env.domains.python_domain.objects:
+        node["reftarget"], node["refspecific"] = f"jadder.{name}", False
+        return env.domains.python_domain.resolve_xref(
+            env, node["refdoc"], app.builder, "obj", node["reftarget"], node, content
+        )
+    return content if node.get(MAYBE) or not own else None
+
+
+def _as_text(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Escapes the mathematics of a docstring, outside of literals and examples."""
+    text, end = "\n".join(lines), 0
+    parts = []
+    for literal in LITERAL.finditer(text):
+        parts += [_escape(text[end : literal.start()]), literal[0]]
+        end = literal.end()
+        if text[end : end + 1].isalpha():  # the s of more than one
+            parts.append("\\ ")
+    parts.append(_escape(text[end:]))
+    lines[:] = "".join(parts).split("\n")
+
+
+def _escape(text: str) -> str:
+    lines = text.split("\n")
+    example = False
+    for i, line in enumerate(lines):
+        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
+        if not example:
+            lines[i] = re.sub(r"(?<!\\)[|*]", r"\\\g<0>", line)
+    return "\n".join(lines)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_role("name", Name())
+    app.add_post_transform(LinkCode)
+    app.connect("missing-reference", _settle)
+    app.connect("autodoc-process-docstring", _as_text, priority=400)  # before napoleon
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
