@@ -49,6 +49,7 @@ myst_heading_anchors = 3
 # Pages are executed every time, so that none shows what the library no longer does.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_execution_in_temp = True
 nb_execution_timeout = 120
 nb_merge_streams = True
 
