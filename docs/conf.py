@@ -30,6 +30,7 @@ nitpick_ignore = [  # types of private fields, which have no page
 
 # Names in single backticks, as the docstrings have them: a link where jadder has the name.
 default_role = "name"
+highlight_language = "none"  # what is Python says so
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"

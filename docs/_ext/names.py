@@ -4,10 +4,14 @@ What reStructuredText takes for markup and the docstrings mean as mathematics, |
 (*window, C, F), is text.
 """
 
+import ast
+import inspect
 import re
+import textwrap
 from typing import Any
 
 from docutils import nodes
+from flax import nnx
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -18,6 +22,7 @@ MAYBE = "jadder_maybe"
 """Marks references that are allowed to lead nowhere."""
 
 
+SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 LITERAL = re.compile(r"``.+?``", re.DOTALL)
 
 
@@ -73,19 +78,42 @@ def _settle(
     target = str(node["reftarget"])
     own = target.startswith("jadder.")
     name = target.rpartition(".")[2]
-    if own and f"jadder.{name}" in env.domains.python_domain.objects:
-        node["reftarget"], node["refspecific"] = f"jadder.{name}", False
-        return env.domains.python_domain.resolve_xref(
-            env, node["refdoc"], app.builder, "obj", node["reftarget"], node, content
-        )
+    python = env.domains.python_domain
+    for other in (f"jadder.{name}", f"{target}.{name}"):
+        if own and other in python.objects:
+            node["refspecific"] = False
+            return python.resolve_xref(
+                env, node["refdoc"], app.builder, "obj", other, node, content
+            )
     return content if node.get(MAYBE) or not own else None
+
+
+def _signature_as_written(
+    app: Sphinx, what: str, name: str, obj: Any, options: object, arguments: Any, result: Any
+) -> tuple[str, str | None] | None:
+    """Arguments as the source has them: `ArrayLike`, not the seven types that it stands for.
+
+    NNX makes objects by a metaclass, whose own arguments are (*args, **kwargs).
+    """
+    function = obj.__init__ if what == "class" and issubclass(obj, nnx.Pytree) else obj
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if what not in ("class", "function", "method") or not inspect.isfunction(function):
+        return None
+    written = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    assert isinstance(written, ast.FunctionDef)
+    takes = [*written.args.posonlyargs, *written.args.args]
+    if what != "function" and takes and takes[0].arg in ("self", "cls"):
+        (written.args.posonlyargs or written.args.args).pop(0)
+    returns = None if what == "class" or written.returns is None else ast.unparse(written.returns)
+    return f"({ast.unparse(written.args)})", returns
 
 
 def _as_text(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
     """Escapes the mathematics of a docstring, outside of literals and examples."""
-    text, end = "\n".join(lines), 0
+    before, attributes, after = "\n".join(lines).partition("Attributes:\n")
+    text, end = before + attributes + SEVERAL.sub(_one_by_one, after), 0
     parts = []
     for literal in LITERAL.finditer(text):
         parts += [_escape(text[end : literal.start()]), literal[0]]
@@ -94,6 +122,12 @@ def _as_text(
             parts.append("\\ ")
     parts.append(_escape(text[end:]))
     lines[:] = "".join(parts).split("\n")
+
+
+def _one_by_one(fields: re.Match[str]) -> str:
+    """The entry of several attributes as one for each: Napoleon knows that of arguments only."""
+    indent, names, text = fields.groups()
+    return "\n".join(f"{indent}{name}: {text}" for name in names.split(", "))
 
 
 def _escape(text: str) -> str:
@@ -110,5 +144,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_role("name", Name())
     app.add_post_transform(LinkCode)
     app.connect("missing-reference", _settle)
+    app.connect("autodoc-process-signature", _signature_as_written)
     app.connect("autodoc-process-docstring", _as_text, priority=400)  # before napoleon
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -66,7 +66,7 @@ _FOR_ANY_IMAGE_SIZE: Mapping[str, Callable[..., nnx.Module]] = {
     "resnet50": resnet50,
 }
 MODELS: Mapping[str, Callable[..., nnx.Module]] = {**_FOR_ONE_IMAGE_SIZE, **_FOR_ANY_IMAGE_SIZE}
-"""Constructors by name: ``(num_classes, *, channels, family, multiply_ends, rngs, ...)``."""
+"""Constructors by name, each ``(num_classes, *, channels, family, multiply_ends, rngs, ...)``."""
 
 
 def names() -> tuple[str, ...]:
