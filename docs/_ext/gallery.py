@@ -18,7 +18,8 @@ def _fill(app: Sphinx, docname: str, content: list[str]) -> None:
         if not result.get("pictures"):
             continue
         app.env.note_dependency(str(path))
-        content[0] += f"\n## {result['title']}\n\n```{{code-block}} none\n:class: command\n\n{result['command']}\n```\n"
+        content[0] += f"\n## {result['title']}\n\n```{{code-block}} none\n:class: command\n\n"
+        content[0] += f"{result['command']}\n```\n"
         for picture in result["pictures"]:
             file = f"../experiments/results/{path.parent.name}/{picture['file']}"
             content[0] += f"\n:::{{figure}} {file}\n:alt: {picture['caption']}\n\n"

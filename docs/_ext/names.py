@@ -51,7 +51,7 @@ def _maybe(env: BuildEnvironment, text: str, rawtext: str = "") -> nodes.Element
 
 
 class LinkCode(SphinxPostTransform):
-    """Makes links of code in running text that is the whole name of something, `jadder.quantize`."""
+    """Makes links of code in running text that is the name of something, `jadder.quantize`."""
 
     default_priority = 5
 

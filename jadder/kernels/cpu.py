@@ -243,7 +243,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 def _why_not_built(file: Traversable) -> str:
     """What the installation left to be read where it could not build the library (csrc/attempt)."""
     try:
-        reason = file.read_text(encoding="utf-8", errors="replace")
+        reason = file.read_bytes().decode(errors="replace")
     except OSError:
         return ""
     return f": {' '.join(reason.split())[:200]}"
