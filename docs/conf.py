@@ -32,7 +32,7 @@ nitpick_ignore = [  # types of private fields, which have no page
 default_role = "name"
 highlight_language = "none"  # what is Python says so
 
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_default_options = {"members": True, "member-order": "bysource", "no-value": True}
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

@@ -16,8 +16,12 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
+import jadder
+
+LOGGER = logging.getLogger(__name__)
 MAYBE = "jadder_maybe"
 """Marks references that are allowed to lead nowhere."""
 
@@ -140,10 +144,20 @@ def _escape(text: str) -> str:
     return "\n".join(lines)
 
 
+def _all_are_there(app: Sphinx, env: BuildEnvironment) -> None:
+    """Each public name has its place on the API pages."""
+    python = env.domains.python_domain
+    for name in jadder.__all__:
+        places = (f"jadder.{name}", f"jadder.{name}.{name}")
+        if not any(place in python.objects or place in python.modules for place in places):
+            LOGGER.warning("docs/api has no jadder.%s", name)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_role("name", Name())
     app.add_post_transform(LinkCode)
     app.connect("missing-reference", _settle)
+    app.connect("env-check-consistency", _all_are_there)
     app.connect("autodoc-process-signature", _signature_as_written)
     app.connect("autodoc-process-docstring", _as_text, priority=400)  # before napoleon
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
