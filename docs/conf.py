@@ -56,6 +56,12 @@ nb_merge_streams = True
 
 html_theme = "furo"
 html_title = "jadder"
+html_theme_options = {
+    "light_css_variables": {
+        "sidebar-caption-space-above": "0.5rem",
+        "sidebar-item-spacing-vertical": "0.25rem",
+    }
+}
 html_static_path = ["_static"]
 html_css_files = ["jadder.css"]
 html_show_sphinx = False

@@ -26,6 +26,7 @@ MAYBE = "jadder_maybe"
 """Marks references that are allowed to lead nowhere."""
 
 
+FORMULA = re.compile(r"^(\S.*\n)\n((?:    .*\n)+)", re.MULTILINE)
 SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 LITERAL = re.compile(r"``.+?``", re.DOTALL)
 
@@ -117,6 +118,7 @@ def _as_text(
 ) -> None:
     """Escapes the mathematics of a docstring, outside of literals and examples."""
     before, attributes, after = "\n".join(lines).partition("Attributes:\n")
+    before = FORMULA.sub(r"\1\n::\n\n\2", before)
     text, end = before + attributes + SEVERAL.sub(_one_by_one, after), 0
     parts = []
     for literal in LITERAL.finditer(text):
@@ -136,10 +138,11 @@ def _one_by_one(fields: re.Match[str]) -> str:
 
 def _escape(text: str) -> str:
     lines = text.split("\n")
-    example = False
+    example = formula = False
     for i, line in enumerate(lines):
         example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
-        if not example:
+        formula = line == "::" or (formula and (not line or line.startswith("    ")))
+        if not (example or formula):
             lines[i] = re.sub(r"(?<!\\)[|*]", r"\\\g<0>", line)
     return "\n".join(lines)
 
@@ -153,11 +156,19 @@ def _all_are_there(app: Sphinx, env: BuildEnvironment) -> None:
             LOGGER.warning("docs/api has no jadder.%s", name)
 
 
+def _is_no_field(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: object
+) -> bool | None:
+    """Passes over the fields of named tuples, of which Python says their numbers only."""
+    return str(getattr(obj, "__doc__", "")).startswith("Alias for field number") or None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_role("name", Name())
     app.add_post_transform(LinkCode)
     app.connect("missing-reference", _settle)
     app.connect("env-check-consistency", _all_are_there)
+    app.connect("autodoc-skip-member", _is_no_field)
     app.connect("autodoc-process-signature", _signature_as_written)
     app.connect("autodoc-process-docstring", _as_text, priority=400)  # before napoleon
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
