@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from experiments.common.drawing import new_figure, save
 from experiments.training.metrics import Row
@@ -23,7 +23,10 @@ def draw(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> None:
     _plot(left, runs, "epoch", "loss")
     _plot(right, runs, "epoch", "accuracy")
     left.set_yscale("log")
-    _legend(figure, left, right)
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(NullFormatter())
+    _legend(figure, left)
     save(figure, path)
 
 
@@ -38,7 +41,8 @@ def draw_times(path: Path, title: str, runs: Mapping[str, Sequence[Row]]) -> Non
     figure, (left, right) = _panels(title)
     _plot(left, runs, "epoch", "accuracy")
     _plot(right, runs, "seconds", "accuracy")
-    _legend(figure, left, right)
+    right.set_xlabel("seconds, the first epoch's with compilation")
+    _legend(figure, left)
     save(figure, path)
 
 
@@ -57,7 +61,15 @@ def _plot(axes: Axes, runs: Mapping[str, Sequence[Row]], over: str, quantity: st
             values = [row[f"{split}_{quantity}"] for row in rows]
             points = [float("nan") if v is None else scale * v for v in values]
             marker = "." if len(points) == 1 else None
-            axes.plot(places, points, style, color=f"C{i}", marker=marker, label=f"{name}, {split}")
+            axes.plot(
+                places,
+                points,
+                style,
+                color=f"C{i}",
+                marker=marker,
+                linewidth=max(1.5, 3 - 0.75 * i),  # one under another shows beside it
+                label=f"{name}, {split}",
+            )
     axes.set_xlabel(over)
     if over == "epoch":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -65,11 +77,11 @@ def _plot(axes: Axes, runs: Mapping[str, Sequence[Row]], over: str, quantity: st
     axes.grid(alpha=0.3)
 
 
-def _legend(figure: Figure, *panels: Axes) -> None:
-    """In each panel; beside them where there are so many lines that it would cover some."""
-    handles, labels = panels[0].get_legend_handles_labels()
+def _legend(figure: Figure, panel: Axes) -> None:
+    """One for all panels, where it covers no line: below them, or beside them if it is long."""
+    handles, labels = panel.get_legend_handles_labels()
     if len(labels) > 6:
         figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-        return
-    for axes in panels:
-        axes.legend()
+    else:
+        columns = len(labels) // 2 or 1
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
