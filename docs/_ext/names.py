@@ -25,7 +25,7 @@ LOGGER = logging.getLogger(__name__)
 MAYBE = "jadder_maybe"
 """Marks references that are allowed to lead nowhere."""
 
-
+# An indented block after a paragraph; "a, b: what they are"; ``code``.
 FORMULA = re.compile(r"^(\S.*\n)\n((?:    .*\n)+)", re.MULTILINE)
 SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 LITERAL = re.compile(r"``.+?``", re.DOTALL)
