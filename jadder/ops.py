@@ -17,7 +17,7 @@ differentiation (``jvp``, ``jacfwd``) of an adder form raises, as for every ``ja
 its gradient, as in ``jax.hessian``, it works.
 
 Of sharded arrays each device computes with its blocks: batch, features, contraction and groups stay
-as they are sharded, and a sum over devices is one all-reduce (README.md, "Many devices").
+as they are sharded, and a sum over devices is one all-reduce (docs/guides/devices.md).
 
 Shared arguments:
   precision: of the matrix products inside (Euclid's, and the full-precision gradients'), as in
@@ -127,8 +127,9 @@ def adder_conv_general_dilated(
     Args:
       lhs: the input.
       rhs: the kernel, of the same dtype.
-      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-        batch_group_count: as in ``lax.conv_general_dilated``; any number of spatial dimensions.
+      window_strides, padding, lhs_dilation, rhs_dilation: as in ``lax.conv_general_dilated``, for
+        any number of spatial dimensions.
+      dimension_numbers, feature_group_count, batch_group_count: likewise.
       mask: of the kernel's shape, 0 or False at taps that take no part: they see nothing of the
         input, pass no gradient to it, and get none. (A zero in the kernel would be |x - 0|.) With a
         mask, XLA's loops compute the product and the input's gradient, whatever the implementation.

@@ -22,7 +22,7 @@ from jadder.integer.program import IntegerProgram
 Implementation = Literal["cpu", "xla"]
 
 DISABLED_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(native.TARGET),)
-"""For `jax.export.export(..., disabled_checks=...)` of a function that runs a program on the CPU:
+"""For `jax.export.export(..., disabled_checks=...)` of a function that runs a program on the CPU,
 the foreign call by its name. The process that loads the file imports jadder first."""
 
 

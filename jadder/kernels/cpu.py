@@ -16,6 +16,7 @@ import functools
 import importlib.resources
 import os
 from collections.abc import Sequence
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from jadder.kernels.varying import result_like_operands
 from jadder.rules import Clip
 
 _LIBRARY = "libjadder_cpu.so"
+_REASON = "missing.txt"
 TARGETS = (
     "matmul",
     "matmul_dx",
@@ -212,10 +214,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     isa = os.environ.get("JADDER_CPU_ISA", _ISAS[0])
     if isa not in _ISAS:
         raise ValueError(f"JADDER_CPU_ISA must be one of {_ISAS}, got {isa!r}")
-    path = importlib.resources.files("jadder").joinpath("_native", _LIBRARY)
+    folder = importlib.resources.files("jadder").joinpath("_native")
+    path = folder.joinpath(_LIBRARY)
     if not path.is_file():
         return None, (
-            "this installation has no native library; reinstall jadder where a C++17 compiler "
+            "this installation has no native library"
+            f"{_why_not_built(folder.joinpath(_REASON))}; reinstall jadder where a C++17 compiler "
             "(GCC or Clang) is found"
         )
     try:
@@ -234,6 +238,15 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         capsule = jax.ffi.pycapsule(getattr(library, f"jadder_{target}"))
         jax.ffi.register_ffi_target(f"jadder_{target}", capsule, platform="cpu")
     return library, None
+
+
+def _why_not_built(file: Traversable) -> str:
+    """What the installation left to be read where it could not build the library (csrc/attempt)."""
+    try:
+        reason = file.read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+    return f": {' '.join(reason.split())[:200]}"
 
 
 def _release(version: str) -> tuple[int, ...]:

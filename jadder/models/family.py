@@ -136,7 +136,7 @@ FAMILIES: Mapping[str, Family] = {
         projection_class=EuclidLinear,
     ),
 }
-"""The families by name: adders, their multiplying twin, and squared Euclidean distances."""
+"""The families by name, which are adders, their multiplying twin, and Euclidean distances."""
 
 
 def get_family(family: str | Family) -> Family:

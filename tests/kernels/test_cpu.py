@@ -155,6 +155,16 @@ def test_without_the_library_xla_takes_over_and_the_reason_is_said(monkeypatch, 
 
 
 @pytest.mark.usefixtures("_reloaded")
+def test_the_first_product_says_why_the_installation_built_no_library(monkeypatch, tmp_path):
+    (tmp_path / "_native").mkdir()
+    (tmp_path / "_native" / "missing.txt").write_text("compiling it failed (error: no\n AVX)\n")
+    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
+    x, w = (a.astype(np.float32) for a in normal(0, (3, 4), (4, 5)))
+    with pytest.warns(jadder.AdderWarning, match=r"library: compiling it failed \(error: no AVX"):
+        adder_matmul(x, w)
+
+
+@pytest.mark.usefixtures("_reloaded")
 def test_a_library_that_does_not_load_is_said(monkeypatch, tmp_path):
     (tmp_path / "_native").mkdir()
     (tmp_path / "_native" / "libjadder_cpu.so").write_bytes(b"not a library")

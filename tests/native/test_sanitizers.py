@@ -22,7 +22,7 @@ DRIVERS = ("fuzz", "integers", "programs", "tasks")
 # Cases for each of three callers, and threads of the pool they share.
 SANITIZERS = {"address,undefined": (120, 4), "thread": (30, 8)}
 
-# The flags of csrc/*kernels.cc, which are compiled once for each of these. As in CMakeLists.txt.
+# The flags of *kernels.cc, which are compiled once for each of these. As in csrc/CMakeLists.txt.
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"baseline": ()}
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 if IS_X86:
