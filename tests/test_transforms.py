@@ -145,30 +145,33 @@ def test_second_derivatives_are_the_slopes_of_the_first(implementation, name, ru
         )
 
 
+@functools.cache
+def high_derivatives(implementation, name, rule):
+    """Of second and third order, through jit, vmap, remat and nested gradients."""
+    product, *shapes = PRODUCTS[name]
+    x, w = (a.astype(np.float32) for a in normal(5, *shapes))
+
+    def penalty(x, w):
+        gradient = jax.checkpoint(gradient_of(product, rule, implementation))
+        return sum(jnp.sum(a**2) for a in gradient(x, w))
+
+    @jax.jit
+    def derivatives(x, w):
+        first = jax.grad(penalty, (0, 1))
+        mapped = jax.vmap(lambda t: first(x + t, w))(jnp.arange(2.0))
+        third = jax.grad(lambda x: jnp.sum(first(x, w)[0] ** 2))(x)
+        corner = jax.hessian(lambda c: penalty(x.at[(0,) * x.ndim].set(c), w))(x.reshape(-1)[0])
+        return mapped, third, corner
+
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(derivatives(x, w))]
+
+
 @pytest.mark.parametrize("rule", SECOND_RULES)
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("implementation", [*implementations("cpu", "cpu_fast"), None])
 def test_second_derivatives_of_native_kernels_are_xla_s(implementation, name, rule):
-    """Through jit, vmap, remat and nested gradients; of third order too."""
-    product, *shapes = PRODUCTS[name]
-    x, w = (a.astype(np.float32) for a in normal(5, *shapes))
-
-    def penalty(x, w, which):
-        gradient = jax.checkpoint(gradient_of(product, rule, which))
-        return sum(jnp.sum(a**2) for a in gradient(x, w))
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def derivatives(x, w, which):
-        first = jax.grad(penalty, (0, 1))
-        mapped = jax.vmap(lambda t: first(x + t, w, which))(jnp.arange(2.0))
-        third = jax.grad(lambda x: jnp.sum(first(x, w, which)[0] ** 2))(x)
-        corner = jax.hessian(lambda c: penalty(x.at[(0,) * x.ndim].set(c), w, which))(
-            x.reshape(-1)[0]
-        )
-        return mapped, third, corner
-
-    ours, theirs = (derivatives(x, w, which) for which in (implementation, "xla"))
-    for actual, expected in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+    ours, theirs = (high_derivatives(which, name, rule) for which in (implementation, "xla"))
+    for actual, expected in zip(ours, theirs, strict=True):
         scale = np.abs(expected).max(initial=1)
         np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-4)
 
