@@ -61,3 +61,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"a finite number expected, got {name}")
+
+
+def expect(value: Any, fits: bool, expected: str, where: str) -> Any:
+    """``value``, which lies ``where``, or a ValueError that says what was ``expected``."""
+    if not fits:
+        raise ValueError(f"{where}: {expected} expected, got {short(value)}")
+    return value
+
+
+def expect_fields(value: Any, names: tuple[str, ...], where: str, *, others: bool = False) -> None:
+    """ValueError unless ``value`` is an object that has these fields, and no ``others``."""
+    expect(value, isinstance(value, dict), "an object", where)
+    missing = [name for name in names if name not in value]
+    extra = [] if others else [name for name in value if name not in names]
+    if missing or extra:
+        raise ValueError(f"{where}: the fields {', '.join(names)} expected, got {short([*value])}")
+
+
+def short(value: Any) -> str:
+    """The value's text, at most 80 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -161,7 +161,7 @@ def _train_one(run: Run, place: Place) -> Result | None:
 
 
 def with_seeds(plans: Mapping[str, TrainConfig], seeds: Iterable[int]) -> dict[str, TrainConfig]:
-    """Each plan once for every seed, as "label s0", "label s1", ...; one seed changes no label.
+    """Each plan once for every seed, as "label s0", "label s1", ...
 
     Example:
         >>> list(with_seeds({"a": TrainConfig()}, (0, 1)))

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 import numpy as np
 from numpy.typing import NDArray
 
+from jadder.files import expect, expect_fields, short
 from jadder.integer.program import Activation, IntegerProgram, Operation
 
 FORMAT = "jadder integer program"
@@ -100,12 +101,12 @@ def decode(header: Any, fetch: Fetch) -> tuple[IntegerProgram, tuple[ArrayRefere
       ValueError: what is not as FORMAT.md says: where it is, what is there and what was expected.
       TypeError: arrays that do not belong where they are.
     """
-    _fields(header, _FIELDS[:2], "the header", others=True)
+    expect_fields(header, _FIELDS[:2], "the header", others=True)
     if header["format"] != FORMAT:
-        raise ValueError(f"format {FORMAT!r} expected, got {_short(header['format'])}")
+        raise ValueError(f"format {FORMAT!r} expected, got {short(header['format'])}")
     if header["version"] != VERSION or isinstance(header["version"], bool):
-        raise ValueError(f"version {VERSION} expected, got {_short(header['version'])}")
-    _fields(header, _FIELDS, "the header")
+        raise ValueError(f"version {VERSION} expected, got {short(header['version'])}")
+    expect_fields(header, _FIELDS, "the header")
     program = IntegerProgram(
         _decode(Activation, header["input"], "input", fetch),
         _decode(tuple[Operation, ...], header["operations"], "operations", fetch),
@@ -128,7 +129,7 @@ def _check_golden(program: IntegerProgram, golden: tuple[ArrayReference, ...]) -
     if count < 1 or found != expected:
         raise ValueError(
             "golden: an array of every value expected, of one or more images each, got "
-            + _short(found)
+            + short(found)
         )
 
 
@@ -136,14 +137,14 @@ def _decode(hint: Any, value: Any, where: str, fetch: Fetch) -> Any:
     """A value of the type ``hint``, which is one that the fields of a program have."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is bool:
-        return _expect(value, isinstance(value, bool), "true or false", where)
+        return expect(value, isinstance(value, bool), "true or false", where)
     if hint is int:
         return _integer(value, where)
     if hint is float:
         return _number(value, where)
     if origin is Literal:
         fits = isinstance(value, str) and value in arguments
-        return _expect(value, fits, " or ".join(map(repr, arguments)), where)
+        return expect(value, fits, " or ".join(map(repr, arguments)), where)
     if origin is tuple:
         return _tuple(arguments, value, where, fetch)
     if origin is np.ndarray:
@@ -156,23 +157,23 @@ def _decode(hint: Any, value: Any, where: str, fetch: Fetch) -> Any:
 def _tuple(arguments: tuple[Any, ...], value: Any, where: str, fetch: Fetch) -> tuple[Any, ...]:
     values = _list(value, where)
     hints = arguments[:1] * len(values) if arguments[-1] is Ellipsis else arguments
-    _expect(value, len(values) == len(hints), f"a list of {len(hints)}", where)
+    expect(value, len(values) == len(hints), f"a list of {len(hints)}", where)
     each = zip(hints, values, strict=True)
     return tuple(_decode(h, v, f"{where}[{i}]", fetch) for i, (h, v) in enumerate(each))
 
 
 def _operation(value: Any, where: str, fetch: Fetch) -> Any:
-    _fields(value, ("kind",), where, others=True)
+    expect_fields(value, ("kind",), where, others=True)
     kind = value["kind"]
     known = isinstance(kind, str) and kind in _KINDS
-    _expect(kind, known, "one of " + ", ".join(_KINDS), f"{where}.kind")
+    expect(kind, known, "one of " + ", ".join(_KINDS), f"{where}.kind")
     rest = {name: each for name, each in value.items() if name != "kind"}
     return _dataclass(_KINDS[kind], rest, where, fetch)
 
 
 def _dataclass(cls: Callable[..., _Decoded], value: Any, where: str, fetch: Fetch) -> _Decoded:
     hints = _hints(cls)
-    _fields(value, tuple(hints), where)
+    expect_fields(value, tuple(hints), where)
     decoded = {n: _decode(hint, value[n], f"{where}.{n}", fetch) for n, hint in hints.items()}
     return cls(**decoded)
 
@@ -183,47 +184,28 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _reference(value: Any, where: str) -> ArrayReference:
-    _fields(value, ("array", "dtype", "shape"), where)
+    expect_fields(value, ("array", "dtype", "shape"), where)
     name, dtype = value["array"], value["dtype"]
-    _expect(name, isinstance(name, str), "the name of an array", f"{where}.array")
+    expect(name, isinstance(name, str), "the name of an array", f"{where}.array")
     fits = isinstance(dtype, str) and dtype in _DTYPES
-    _expect(dtype, fits, " or ".join(_DTYPES), f"{where}.dtype")
+    expect(dtype, fits, " or ".join(_DTYPES), f"{where}.dtype")
     sizes = _list(value["shape"], f"{where}.shape")
     shape = tuple(_integer(size, f"{where}.shape") for size in sizes)
-    _expect(shape, 1 <= len(shape) <= 4 and min(shape) > 0, "one to four sizes", f"{where}.shape")
+    expect(shape, 1 <= len(shape) <= 4 and min(shape) > 0, "one to four sizes", f"{where}.shape")
     return ArrayReference(name, dtype, shape)
 
 
-def _fields(value: Any, names: tuple[str, ...], where: str, *, others: bool = False) -> None:
-    _expect(value, isinstance(value, dict), "an object", where)
-    missing = [name for name in names if name not in value]
-    extra = [] if others else [name for name in value if name not in names]
-    if missing or extra:
-        raise ValueError(f"{where}: the fields {', '.join(names)} expected, got {_short([*value])}")
-
-
 def _list(value: Any, where: str) -> list[Any]:
-    return _expect(value, isinstance(value, list), "a list", where)
+    return expect(value, isinstance(value, list), "a list", where)
 
 
 def _integer(value: Any, where: str) -> int:
     fits = isinstance(value, int) and not isinstance(value, bool)
     fits = fits and -_LARGEST_INTEGER <= value < _LARGEST_INTEGER
-    return _expect(value, fits, "an integer of 64 bits", where)
+    return expect(value, fits, "an integer of 64 bits", where)
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, float):
         return value
     return float(_integer(value, where))
-
-
-def _expect(value: Any, fits: bool, expected: str, where: str) -> Any:
-    if not fits:
-        raise ValueError(f"{where}: {expected} expected, got {_short(value)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

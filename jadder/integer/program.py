@@ -47,7 +47,10 @@ Product = Literal["adder", "multiply"]
 
 INT32 = np.iinfo(np.int32)
 
-_LARGEST_VALUE = 1 << 62
+LARGEST_VALUE = 1 << 62
+"""Values before a shift are smaller."""
+MOST_LEFT_SHIFT = 22
+"""Of a residual."""
 _LARGEST_SIZE = 1 << 30
 
 
@@ -323,6 +326,16 @@ def sum_bounds(operation: Operation, source: Activation) -> tuple[int, int]:
     return 0, source.maximum
 
 
+def largest_value(each: Requantization, sums: tuple[int, int], values: Sequence[Activation]) -> int:
+    """What no magnitude before the shift exceeds, for S between ``sums``."""
+    largest = max(-sums[0], sums[1]) * int(np.abs(each.multiplier.astype(np.int64)).max())
+    largest += max(abs(int(each.bias.min())), abs(int(each.bias.max())))
+    for residual in each.residuals:
+        added = values[residual.value].maximum * abs(residual.multiplier)
+        largest += added << residual.left_shift
+    return largest
+
+
 def _product_bounds(operation: Convolution, source: Activation) -> tuple[int, int]:
     kernel = operation.kernel.astype(np.int16)
     if operation.product == "adder":
@@ -478,18 +491,17 @@ def _check_requantization(
         raise ValueError(f"{name}: bounds {each.low} and {each.high} are not within its grid")
     if sums[0] < INT32.min or sums[1] > INT32.max:
         raise ValueError(f"{name}: sums from {sums[0]} to {sums[1]} do not fit int32")
-    largest = max(-sums[0], sums[1]) * int(np.abs(each.multiplier.astype(np.int64)).max())
-    largest += max(abs(int(each.bias.min())), abs(int(each.bias.max())))
     for residual in each.residuals:
         added = _value(name, residual.value, values)
         if added.shape != output.shape:
             raise ValueError(f"{name}: residual {added.shape} is added to {output.shape}")
         if not _is_int(residual.multiplier) or abs(residual.multiplier) > INT32.max:
             raise ValueError(f"{name}: a residual's multiplier must be int32")
-        if not _is_int(residual.left_shift) or not 0 <= residual.left_shift <= 22:
-            raise ValueError(f"{name}: left_shift must be from 0 to 22, got {residual.left_shift}")
-        largest += (added.maximum * abs(residual.multiplier)) << residual.left_shift
-    if largest >= _LARGEST_VALUE:
+        if not _is_int(residual.left_shift) or not 0 <= residual.left_shift <= MOST_LEFT_SHIFT:
+            raise ValueError(
+                f"{name}: left_shift must be from 0 to {MOST_LEFT_SHIFT}, got {residual.left_shift}"
+            )
+    if largest_value(each, sums, values) >= LARGEST_VALUE:
         raise ValueError(f"{name}: its sums could pass 2^62")
 
 

@@ -25,7 +25,15 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
-from jadder.files import PathLike, open_regular, parse_json, write_bytes
+from jadder.files import (
+    PathLike,
+    expect,
+    expect_fields,
+    open_regular,
+    parse_json,
+    short,
+    write_bytes,
+)
 from jadder.models.family import Family
 from jadder.models.registry import Architecture, abstract, architecture_of, build
 from jadder.rules import GradientRule
@@ -300,13 +308,13 @@ def _header(metadata: Any) -> tuple[dict[str, Any], Description]:
     if not metadata or _KEY not in metadata:
         raise ValueError(f"its header has no entry {_KEY!r}, which models of this package have")
     header = parse_json(metadata[_KEY], "its header")
-    _expect(header, isinstance(header, dict), "an object", "its header")
+    expect(header, isinstance(header, dict), "an object", "its header")
     for name, value in (("format", FORMAT), ("version", VERSION)):
-        _expect(header.get(name), header.get(name) == value, repr(value), name)
-    _fields(header, _FIELDS, "its header")
+        expect(header.get(name), header.get(name) == value, repr(value), name)
+    expect_fields(header, _FIELDS, "its header")
     names, about, given = header["class_names"], header["about"], header["architecture"]
-    _expect(names, isinstance(names, list), "a list", "class_names")
-    _expect(about, isinstance(about, dict), "an object", "about")
+    expect(names, isinstance(names, list), "a list", "class_names")
+    expect(about, isinstance(about, dict), "an object", "about")
     means = {name: _numbers(header[name], name) for name in ("mean", "std")}
     description = Description(
         _architecture(given), tuple(names), **means, about=types.MappingProxyType(about)
@@ -317,18 +325,17 @@ def _header(metadata: Any) -> tuple[dict[str, Any], Description]:
 
 def _architecture(given: Any) -> Architecture:
     where = "architecture"
-    _expect(given, isinstance(given, dict), "an object", where)
-    _fields(given, _ARCHITECTURE, where)
+    expect_fields(given, _ARCHITECTURE, where)
     for name, kind in (("model", str), ("family", str), ("num_classes", int), ("channels", int)):
         fits = isinstance(given[name], kind) and not isinstance(given[name], bool)
-        _expect(given[name], fits, f"a {kind.__name__}", f"{where}.{name}")
+        expect(given[name], fits, f"a {kind.__name__}", f"{where}.{name}")
     options, size, rule = given["options"], given["image_size"], given["rule"]
-    _expect(options, isinstance(options, dict), "an object", f"{where}.options")
+    expect(options, isinstance(options, dict), "an object", f"{where}.options")
     pair = isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)
-    _expect(size, size is None or pair, "null or [height, width]", f"{where}.image_size")
+    expect(size, size is None or pair, "null or [height, width]", f"{where}.image_size")
     if rule is not None:
-        _expect(rule, isinstance(rule, dict), "null or an object", f"{where}.rule")
-        _fields(rule, _RULE, f"{where}.rule")
+        expect(rule, isinstance(rule, dict), "null or an object", f"{where}.rule")
+        expect_fields(rule, _RULE, f"{where}.rule")
         x, kernel = (tuple(math.inf if n == "inf" else n for n in rule[half]) for half in _RULE)
         rule = GradientRule(cast(Any, x), cast(Any, kernel))
     plain = {
@@ -342,7 +349,7 @@ def _architecture(given: Any) -> Architecture:
 
 
 def _hashable(value: Any, where: str) -> Any:
-    _expect(value, not isinstance(value, dict), "a plain value", where)
+    expect(value, not isinstance(value, dict), "a plain value", where)
     return tuple(_hashable(one, where) for one in value) if isinstance(value, list) else value
 
 
@@ -356,17 +363,17 @@ def _check(description: Description, who: str) -> None:
     if names and len(names) != architecture.num_classes:
         raise ValueError(f"{who}class_names: {architecture.num_classes} expected, got {len(names)}")
     if any(not isinstance(name, str) for name in names):
-        raise ValueError(f"{who}class_names: strings expected, got {_short(names)}")
+        raise ValueError(f"{who}class_names: strings expected, got {short(names)}")
     mean, std = description.mean, description.std
     if len(mean) != len(std) or len(mean) not in (0, architecture.channels):
         raise ValueError(
             f"{who}mean and std: {architecture.channels} numbers each expected, got "
-            f"{_short(mean)} and {_short(std)}"
+            f"{short(mean)} and {short(std)}"
         )
     if not all(map(math.isfinite, (*mean, *std))) or any(one <= 0 for one in std):
         raise ValueError(
-            f"{who}finite means and positive deviations expected, got {_short(mean)} and "
-            f"{_short(std)}"
+            f"{who}finite means and positive deviations expected, got {short(mean)} and "
+            f"{short(std)}"
         )
 
 
@@ -396,20 +403,4 @@ def _check_numbers(architecture: Architecture, shapes: Mapping[str, tuple[int, .
 
 def _numbers(value: Any, where: str) -> tuple[float, ...]:
     fits = isinstance(value, list) and all(type(one) in (int, float) for one in value)
-    return tuple(map(float, _expect(value, fits, "a list of numbers", where)))
-
-
-def _fields(value: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
-    if set(value) != set(names):
-        raise ValueError(f"{where}: the fields {', '.join(names)} expected, got {_short([*value])}")
-
-
-def _expect(value: Any, fits: bool, expected: str, where: str) -> Any:
-    if not fits:
-        raise ValueError(f"{where}: {expected} expected, got {_short(value)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return tuple(map(float, expect(value, fits, "a list of numbers", where)))

@@ -1,6 +1,7 @@
 """Training curves: what their pictures show, and that nothing covers it."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from experiments.common.drawing import new_figure
 from experiments.training import curves
 
 
-def rows(losses: list[float]) -> list[dict[str, Any]]:
+def rows(losses: list[float]) -> list[Any]:
     return [
         {"epoch": i, "seconds": 2.0 * i, "test_loss": loss, "train_loss": loss,
          "test_accuracy": 0.5, "train_accuracy": 0.5}
@@ -22,8 +23,8 @@ def test_the_legend_covers_no_panel(count: int, monkeypatch: pytest.MonkeyPatch)
     drawn: list[Any] = []
     monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
     runs = {f"run {i}": rows([2.9, 2.4, 2.1]) for i in range(count)}
-    curves.draw("x.png", "title", runs)  # type: ignore[arg-type]
-    curves.draw_times("x.png", "title", runs)  # type: ignore[arg-type]
+    curves.draw(Path("x.png"), "title", runs)
+    curves.draw_times(Path("x.png"), "title", runs)
     for figure in drawn:
         figure.draw_without_rendering()
         (legend,) = figure.legends

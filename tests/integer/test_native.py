@@ -253,7 +253,7 @@ def test_errors_say_what_is_expected(small: IntegerProgram) -> None:
     with pytest.raises(ValueError, match=r"\(batch, \*\(6, 5, 4\)\) expected, got \(1, 6, 5, 3\)"):
         run(small, np.zeros((1, 6, 5, 3), np.uint8))
     with pytest.raises(ValueError, match="implementation must be None or one of"):
-        run(small, np.zeros((1, 6, 5, 4), np.uint8), "gpu")  # type: ignore[arg-type]
+        run(small, np.zeros((1, 6, 5, 4), np.uint8), "gpu")
 
 
 # -- Damaged programs ------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jadder.integer import Activation, Convolution, IntegerProgram
+from jadder.integer import Activation, Convolution, IntegerProgram, Requantization
 from jadder.integer.c.shifts import with_shifts_of_32
 from jadder.integer.calibrate import Moments
 from jadder.integer.quantize import _requantization
@@ -76,19 +76,31 @@ def test_biases_are_whole_units_where_that_is_fine() -> None:
     assert (coarse.bias[0] - (1 << (coarse.shift - 1))) % coarse.multiplier[0] != 0
 
 
-def test_a_program_of_short_multipliers_is_widened() -> None:
-    from jadder.integer import Requantization
-
-    each = Requantization(np.array([900], np.int32), np.array([-5000]), 12, 0, 255)
-    logits = Convolution(
-        0, "adder", np.zeros((1, 1, 1, 1), np.uint8), each, Activation((1, 1, 1), (1.0,))
+def one_operation(multiplier: int, bias: int, shift: int) -> IntegerProgram:
+    each = Requantization(np.array([multiplier], np.int32), np.array([bias]), shift, 0, 255)
+    last = Requantization(np.array([1], np.int32), np.array([0]), 0, -(2**31), 2**31 - 1)
+    kernel = np.zeros((1, 1, 1, 1), np.uint8)
+    shape = (1, 1, 1)
+    operations = (
+        Convolution(0, "adder", kernel, each, Activation(shape, (1.0,))),
+        Convolution(1, "adder", kernel, last, Activation(shape, (1.0,), (0,), "int32")),
     )
-    last = Convolution(
-        1, "adder", np.zeros((1, 1, 1, 1), np.uint8),
-        Requantization(np.array([1], np.int32), np.array([0]), 0, -(2**31), 2**31 - 1),
-        Activation((1, 1, 1), (1.0,), (0,), "int32"),
-    )  # fmt: skip
-    moved = with_shifts_of_32(IntegerProgram(Activation((1, 1, 1), (1.0,)), (logits, last)))
-    assert moved.operations[0].requantization.shift == 32
-    assert moved.operations[0].requantization.multiplier.tolist() == [900 << 20]
-    assert moved.operations[1].requantization.shift == 0  # its multiplier would not fit
+    return IntegerProgram(Activation(shape, (1.0,)), operations)
+
+
+def test_a_program_of_short_multipliers_is_widened() -> None:
+    first, last = with_shifts_of_32(one_operation(900, -5000, 12)).operations
+    assert first.requantization.shift == 32
+    assert first.requantization.multiplier.tolist() == [900 << 20]
+    assert first.requantization.bias.tolist() == [-5000 << 20]
+    assert last.requantization.shift == 0  # its multiplier would not fit
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "bias", "shift"),
+    [(1, 2**40 - 1, 10), (1, -(2**40), 10), (2**11, 0, 12), (1, 0, 40)],
+    ids=["bias", "negative bias", "multiplier", "longer already"],
+)
+def test_what_would_not_fit_stays(multiplier: int, bias: int, shift: int) -> None:
+    program = one_operation(multiplier, bias, shift)
+    assert with_shifts_of_32(program).operations[0].requantization.shift == shift
