@@ -4,6 +4,11 @@
 #include <numeric>
 
 namespace jadder {
+namespace {
+
+constexpr double kSparse = 8;  // sources of a stretch for each that is met
+
+}  // namespace
 
 bool Phase::Inside(int64_t sources) const {
   return first_source() >= 0 && first_source() + spread() + (count - 1) * step < sources;
@@ -12,8 +17,12 @@ bool Phase::Inside(int64_t sources) const {
 Stretches::Stretches(const Phase& phase, int64_t targets) : step(phase.step) {
   const int64_t length = (targets - 1) * step;  // of what one tap meets, from first to last
   int64_t common = targets > 1 ? step : 0;
+  // Between targets far apart lies much that no tap meets: then each tap has a stretch of its own.
+  const double met = static_cast<double>(phase.taps.size()) * static_cast<double>(targets);
+  const double all = static_cast<double>(length) + static_cast<double>(phase.spread());
+  const bool apart = all > kSparse * met;
   for (const Tap& tap : phase.taps) {
-    if (!stretches.empty()) {
+    if (!apart && !stretches.empty()) {
       Stretch& last = stretches.back();
       if (tap.start <= last.first + last.spread + length) {
         last.spread = tap.start - last.first;

@@ -24,8 +24,8 @@ struct Phase {
 };
 
 // The sources that neighbouring targets of a phase meet: every grain-th one of some stretches.
-// Taps whose sources lie apart have stretches of their own, so that what a wide dilation leaves
-// out is not counted.
+// Taps whose sources lie apart have stretches of their own, and so have all where targets lie far
+// apart, so that what a wide dilation or stride leaves out is not counted.
 struct Stretches {
   struct Stretch {
     int64_t first;   // source of the first target

@@ -236,3 +236,24 @@ def test_temporaries_are_none_but_inputs_and_outputs(product):
     y = run(x, w)
     memory = with_pullback(run).lower(x, w, y).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= y.nbytes
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu_fast"])
+def test_targets_far_apart_cost_nothing_between(name):
+    """Of three times three windows only the middle one meets the image, the others meet zeros."""
+    x, w = (jnp.asarray(a, jnp.float32) for a in normal(3, (1, 3, 3, 2), (3, 3, 2, 4)))
+    far = functools.partial(adder_conv, strides=2**30, padding=2**30, implementation=name)
+    near = functools.partial(adder_conv, padding=0, implementation=name)
+    y, pullback = jax.vjp(far, x, w)
+    assert y.shape == (1, 3, 3, 4)
+    blank = jnp.zeros_like(x)
+    expected = jnp.broadcast_to(near(blank, w), y.shape).at[:, 1, 1].set(near(x, w)[:, 0, 0])
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
+    (g,) = (jnp.asarray(a, jnp.float32) for a in normal(4, y.shape))
+    middle = g[:, 1:2, 1:2]
+    others = g.sum((1, 2), keepdims=True) - middle
+    dx, dw = pullback(g)
+    expected_dx, of_image = jax.vjp(near, x, w)[1](middle)
+    _, of_zeros = jax.vjp(near, blank, w)[1](others)
+    np.testing.assert_allclose(dx, expected_dx, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dw, of_image + of_zeros, rtol=1e-4, atol=1e-4)
