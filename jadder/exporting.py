@@ -2,12 +2,12 @@
 
 import jax
 
-from jadder import integer
+from jadder.integer import native
 from jadder.kernels import cpu
 
-DISABLED_CHECKS = (
-    *(jax.export.DisabledSafetyCheck.custom_call(f"jadder_{target}") for target in cpu.TARGETS),
-    *integer.DISABLED_CHECKS,
+DISABLED_CHECKS = tuple(
+    jax.export.DisabledSafetyCheck.custom_call(target)
+    for target in (*(f"jadder_{name}" for name in cpu.TARGETS), native.TARGET)
 )
 """For ``jax.export.export(function, disabled_checks=jadder.DISABLED_CHECKS)``.
 

@@ -2,7 +2,7 @@
 
 from jadder.integer import native
 from jadder.integer.c import export_c
-from jadder.integer.dispatch import DISABLED_CHECKS, run
+from jadder.integer.dispatch import run
 from jadder.integer.fake import RoundedProduct, fake_quantize
 from jadder.integer.grid import Grid
 from jadder.integer.hexadecimal import export_hex
@@ -21,7 +21,6 @@ from jadder.integer.program import (
 from jadder.integer.quantize import quantize
 
 __all__ = [
-    "DISABLED_CHECKS",
     "Activation",
     "Convolution",
     "Grid",

@@ -21,10 +21,6 @@ from jadder.integer.program import IntegerProgram
 
 Implementation = Literal["cpu", "xla"]
 
-DISABLED_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(native.TARGET),)
-"""For `jax.export.export(..., disabled_checks=...)` of a function that runs a program on the CPU,
-the foreign call by its name. The process that loads the file imports jadder first."""
-
 
 def run(
     program: IntegerProgram, images: Any, implementation: Implementation | None = None

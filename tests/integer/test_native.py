@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import jadder
 from jadder.integer import (
     Activation,
     Convolution,
@@ -30,7 +31,7 @@ from jadder.integer import (
     SumPool,
     native,
 )
-from jadder.integer.dispatch import DISABLED_CHECKS, run
+from jadder.integer.dispatch import run
 from tests.integer import networks, oracle
 from tests.integer.programs import images, programs
 
@@ -227,7 +228,9 @@ np.save(sys.argv[3], exported.call(np.load(sys.argv[2])))
 def test_export_loads_in_another_process(small: IntegerProgram, tmp_path: Path) -> None:
     (batch,) = jax.export.symbolic_shape("batch")
     exported = jax.export.export(
-        jax.jit(lambda x: run(small, x)), platforms=("cpu", "cuda"), disabled_checks=DISABLED_CHECKS
+        jax.jit(lambda x: run(small, x)),
+        platforms=("cpu", "cuda"),
+        disabled_checks=jadder.DISABLED_CHECKS,
     )(jax.ShapeDtypeStruct((batch, *small.input.shape), jnp.uint8))
     x = images(small, 3, 0)
     (tmp_path / "exported").write_bytes(exported.serialize())
