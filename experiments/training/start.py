@@ -44,6 +44,8 @@ def starting_model(
         place = Path(config.start)
         try:
             known = of_file(place, model) if place.is_file() else trained(place, dataset, after)[1]
+            if not place.is_file():
+                _check_family(place, family)
             model = _with_state(model, *known)
         except UserError as error:
             raise UserError(f"--start {place}: {error}", error.status) from None
@@ -52,6 +54,12 @@ def starting_model(
             model = fake_quantize(model, calibration_images(dataset), bits=config.bits,
                                   mean=dataset.mean, std=dataset.std)  # fmt: skip
     return model
+
+
+def _check_family(folder: Path, family: str) -> None:
+    theirs = from_record(read_fingerprint(folder), folder / "config.json").family[0]
+    if theirs != family:
+        raise UserError(f"it is the run of another network: its family is {theirs}, not {family}")
 
 
 def of_file(path: Path, like: Any) -> tuple[Any, Any]:

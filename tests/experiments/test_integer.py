@@ -39,6 +39,7 @@ def test_a_run_begins_with_the_parameters_of_another(
     for options, text in (
         (["--start", str(tmp_path / "nowhere")], "expected the folder of a finished run"),
         (["--start", str(tmp_path / "first"), "--image-size", "12"], "it was trained on"),
+        (["--start", str(tmp_path / "first"), "--family", "conv"], "its family is adder, not conv"),
         (["--bits", "9"], "--bits 9: "),
         (["--bits", "0"], "--bits must be positive, got 0"),
         (["--bits", "3", "--family", "conv"], "has no adder products"),
