@@ -14,10 +14,11 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 import jadder
-from experiments import gradient_norms, hundred_images, resnet20, stability, twins
-from experiments.studies import command, study
+from experiments import gradient_norms, hundred_images, kernel_scale, resnet20, stability, twins
+from experiments.studies import command, ranges, study
 from experiments.studies.study import Trained
 from experiments.training.config import TrainConfig
 from experiments.training.run import Run
@@ -96,6 +97,81 @@ def test_gradient_norms(tmp_path: Path) -> None:
     for layer in ("conv2", "fc1", "fc2"):
         assert scaled["updates"][layer][0] == pytest.approx(0.1 * 0.2, rel=1e-2)
         assert unscaled["updates"][layer][0] < 0.1 * (unscaled["gradients"][layer][0] + 1e-3)
+
+
+# -- where kernels go ------------------------------------------------------------------------------
+
+
+def test_looking_keeps_every_part_and_changes_no_update() -> None:
+    params = {"w": jnp.array([0.3, -0.3, 5.0])}
+    plain, kept = optax.sgd(0.2), kernel_scale.looking(optax.sgd(0.2), steps=5, parts=2)
+    state, expected = kept.init(params), plain.init(params)
+    grads = {"w": jnp.array([1.0, -1.0, 0.0])}
+    path = []
+    for _ in range(5):
+        updates, state = kept.update(grads, state, params)
+        step, expected = plain.update(grads, expected, params)
+        np.testing.assert_array_equal(updates["w"], step["w"])
+        params = optax.apply_updates(params, updates)
+        path.append(np.asarray(params["w"]))
+    # Steps 0 to 2 are the first part (step · 2 // 5 = 0), in whose second step two signs change.
+    np.testing.assert_array_equal(state.params["w"], [path[2], path[4]])
+    np.testing.assert_allclose(state.flips, [[2 / 3], [0]])
+
+
+@given(
+    hnp.arrays(np.float32, (40, 3), elements=st.floats(-4, 4, width=16)),
+    hnp.arrays(np.float32, (2, 3, 5), elements=st.floats(-5, 5, width=16)),
+)
+def test_ranges_are_those_of_counting(x: np.ndarray, kernel: np.ndarray) -> None:
+    seen = ranges.range_of(jnp.asarray(x), jnp.asarray(kernel))
+    beyond = (x[:, None, :, None] > kernel).mean(0)
+    assert seen.below == pytest.approx((beyond == 1).mean())
+    assert seen.above == pytest.approx((beyond == 0).mean())
+    assert seen.bending == pytest.approx(((beyond > 0.01) & (beyond < 0.99)).mean())
+    assert seen.bending_well == pytest.approx(((beyond > 0.1) & (beyond < 0.9)).mean(), abs=0.01)
+    assert seen.kernel_rms == pytest.approx(np.sqrt(np.mean(kernel**2)), rel=1e-5)
+    assert seen.input_max == x.max()
+
+
+def test_ranges_of_a_model_are_of_its_adder_layers() -> None:
+    layers = [
+        jadder.AdderLinear(3, 4, rngs=nnx.Rngs(0)),
+        nnx.relu,
+        nnx.Linear(4, 2, rngs=nnx.Rngs(1)),
+    ]
+    model = nnx.Sequential(*layers)
+    x = jnp.linspace(-1, 2, 12).reshape(4, 3)
+    assert ranges.ranges(model, x) == {"layers/0": ranges.range_of(x, layers[0].kernel[...])}
+    with pytest.raises(ValueError, match=r"4 channels, got \(3, 4\)"):
+        ranges.range_of(jnp.zeros((2, 4)), layers[0].kernel[...])
+
+
+def test_kernel_scale(tmp_path: Path) -> None:
+    result = smoke(kernel_scale, tmp_path, "--looks", "3")
+    assert len(result["notes"]) == 2
+    for run in result["data"]["runs"]:
+        seen = run["seen"]
+        assert seen["steps"] == [0, 3, 6, 8]
+        for look in seen["looks"]:
+            assert list(look) == ["conv2", "fc1", "fc2"]
+        assert all(0 < flips["fc1"] < 0.1 for flips in seen["flips"])
+        # Steps of 0.1 · eta leave a kernel of N(0, 1) near 1 after eight of them.
+        assert seen["looks"][-1]["fc1"]["kernel_rms"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("content", [b"no archive", None, {"conv1.weight": np.zeros(3)}])
+def test_a_foreign_torch_state_is_refused(
+    content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "state.npz"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        np.savez(file, **content)
+    options = ["--smoke", "--out-dir", str(tmp_path), "--torch-state", str(file)]
+    assert kernel_scale.main(options) == 2
+    assert f"error: --torch-state {file}: " in capsys.readouterr().err
 
 
 # -- the other studies -----------------------------------------------------------------------------
@@ -185,7 +261,9 @@ def test_resnet20(tmp_path: Path) -> None:
     assert result["tables"][0]["rows"][0][:3] == ["adder, 1 epochs", 1, 0]
 
 
-@pytest.mark.parametrize("module", [gradient_norms, hundred_images, resnet20, stability, twins])
+@pytest.mark.parametrize(
+    "module", [gradient_norms, hundred_images, kernel_scale, resnet20, stability, twins]
+)
 def test_full_sizes_are_complete(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = module.TRAINING.config(module.EXPERIMENT.parser().parse_args([]))
     assert config == module.TRAINING.full
@@ -197,7 +275,7 @@ def test_full_sizes_are_complete(module: Any, capsys: pytest.CaptureFixture[str]
     assert f"python -m experiments.{module.EXPERIMENT.name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [gradient_norms, stability])
+@pytest.mark.parametrize("module", [gradient_norms, kernel_scale, stability])
 def test_studies_of_one_seed(
     module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
