@@ -37,7 +37,7 @@ from jadder.ops import (
     euclid_einsum,
     euclid_matmul,
 )
-from jadder.optim import adder_adamw, adder_sgd, scale_by_adder
+from jadder.optim import adder_adamw, adder_sgd, clip_adder_kernels, scale_by_adder
 from jadder.rules import ADDER_VIT, ADDERNET, SIGN, GradientRule
 from jadder.warning import AdderWarning
 
@@ -71,6 +71,7 @@ __all__ = [
     "adderize",
     "annealing",
     "check_model",
+    "clip_adder_kernels",
     "count_operations",
     "counted_flops",
     "euclid_conv",

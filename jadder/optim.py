@@ -106,6 +106,62 @@ def scale_by_adder(
     return _by_kind("scale_by_adder", mask, stack_axes, adder=scale, other=_unchanged)
 
 
+def clip_adder_kernels(
+    min: float | None = -0.25, max: float | None = 2.5, *, mask: Mask | None = None
+) -> optax.GradientTransformation:
+    """Keeps every element of the adder kernels between two bounds; other leaves pass unchanged.
+
+    u ← clip(w + u, min, max) - w. Comes last in a chain, where updates are what is added.
+
+    Adaptive scaling moves kernels by steps of one size whatever happens, so that they diffuse out
+    of their inputs' range; there |x - w| does not bend any more, but is ±(x - w) for all x (see
+    experiments/kernel_scale.py). An element may come back from just outside of the range at once,
+    as the latent weights of binary networks may, which are clipped likewise (Courbariaux et al.,
+    2015). For inputs that are not negative and of a normalisation's size, all elements below zero
+    are one function, and so are those above every input: the default bounds, from experiments
+    (see experiments/README.md), take little but the distance of the way back.
+
+    Args:
+      min: lower bound, or None for none.
+      max: upper bound, or None for none.
+      mask: which leaves are adder kernels, as in `scale_by_adder`.
+
+    Returns:
+      A ``GradientTransformation``, whose ``update`` needs the parameters.
+
+    Raises:
+      ValueError: bounds that are NaN, or the lower one above the upper one.
+
+    References:
+      Courbariaux et al., `BinaryConnect <https://arxiv.org/abs/1511.00363>`_, 2015, section 2.4
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"adder": jnp.array([0.0, 2.0]), "bias": jnp.array([2.0])}
+      >>> tx = optax.chain(
+      ...     optax.sgd(1.0), clip_adder_kernels(-0.25, 2.5, mask={"adder": True, "bias": False})
+      ... )
+      >>> grads = {"adder": jnp.array([1.0, -1.0]), "bias": jnp.array([-1.0])}
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> {name: leaf.tolist() for name, leaf in optax.apply_updates(params, updates).items()}
+      {'adder': [-0.25, 2.5], 'bias': [3.0]}
+    """
+    low: Any = -math.inf if min is None else min
+    high: Any = math.inf if max is None else max
+    # Numbers that optax.inject_hyperparams hands over are arrays, whose values may change.
+    known = not isinstance(low, Array) and not isinstance(high, Array)
+    if known and not low <= high:
+        raise ValueError(f"clip_adder_kernels: min must be at most max, got {min} and {max}")
+
+    def clip(update: Array, param: Array | None, axes: Axes) -> Array:
+        del axes
+        if param is None:
+            raise ValueError("clip_adder_kernels: update needs the parameters, which it clips")
+        return (jnp.clip(param + update, low, high) - param).astype(update.dtype)
+
+    return _by_kind("clip_adder_kernels", mask, None, adder=clip, other=_unchanged)
+
+
 def adder_sgd(
     learning_rate: optax.ScalarOrSchedule,
     momentum: float | None = 0.9,

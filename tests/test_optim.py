@@ -8,10 +8,11 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jadder
-from jadder import adder_adamw, adder_mask, adder_sgd, scale_by_adder
+from jadder import adder_adamw, adder_mask, adder_sgd, clip_adder_kernels, scale_by_adder
 
 PARAMS = {"adder": jnp.ones((3, 4)), "norm": {"scale": jnp.ones(5), "bias": jnp.ones(5)}}
 GRADS = jax.tree.map(lambda p: jnp.linspace(-1, 2, p.size).reshape(p.shape), PARAMS)
@@ -20,6 +21,7 @@ OPTIMIZERS = {
     "scale_by_adder": lambda **kwargs: scale_by_adder(**kwargs),
     "adder_sgd": lambda **kwargs: adder_sgd(0.1, **kwargs),
     "adder_adamw": lambda **kwargs: adder_adamw(0.1, **kwargs),
+    "clip_adder_kernels": lambda **kwargs: clip_adder_kernels(0.0, 1.5, **kwargs),
 }
 
 
@@ -132,6 +134,41 @@ def test_adamw_enlarges_adder_steps_and_decays_the_rest():
     decayed, _ = adamw.update(GRADS, adamw.init(PARAMS), PARAMS)
     np.testing.assert_allclose(updates["adder"], plain["adder"], rtol=1e-6)
     np.testing.assert_allclose(updates["norm"]["bias"], decayed["norm"]["bias"], rtol=1e-6)
+
+
+@given(
+    hnp.arrays(np.float32, (3, 4), elements=st.floats(-8, 8, width=32)),
+    hnp.arrays(np.float32, (3, 4), elements=st.floats(-8, 8, width=32)),
+    st.sampled_from([(-0.25, 2.5), (None, 1.0), (0.0, None), (None, None), (0.5, 0.5)]),
+)
+def test_clipped_kernels_stay_between_the_bounds(kernel, update, bounds):
+    tx = clip_adder_kernels(*bounds, mask={"adder": True, "scale": False})
+    params = {"adder": kernel, "scale": kernel}
+    updates, _ = tx.update({"adder": update, "scale": update}, tx.init(params), params)
+    np.testing.assert_array_equal(updates["scale"], update)
+    expected = kernel + update
+    if bounds != (None, None):
+        expected = np.clip(expected, *bounds)
+    np.testing.assert_allclose(kernel + updates["adder"], expected, atol=2e-6)
+
+
+def test_clipping_says_what_it_cannot_do():
+    with pytest.raises(ValueError, match=r"min must be at most max, got 1\.0 and -1\.0"):
+        clip_adder_kernels(1.0, -1.0)
+    with pytest.raises(ValueError, match="min must be at most max, got nan"):
+        clip_adder_kernels(float("nan"), 1.0)
+    tx = clip_adder_kernels(mask=True)
+    with pytest.raises(ValueError, match="update needs the parameters, which it clips"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+def test_clipping_follows_injected_bounds():
+    tx = optax.inject_hyperparams(lambda max: clip_adder_kernels(0.0, max, mask=True))(max=1.0)
+    state = tx.init(jnp.zeros(1))
+    for bound in (1.0, 0.5):
+        state.hyperparams["max"] = jnp.asarray(bound)
+        updates, state = tx.update(jnp.array([9.0]), state, jnp.zeros(1))
+        np.testing.assert_allclose(updates, [bound])
 
 
 class TestOptaxCompatibility:
