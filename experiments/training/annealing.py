@@ -1,7 +1,7 @@
 """Adder products that change while a network trains: in stages, from an easier one to their own.
 
-A run has as many stages of equal length as there are products; the last one is the network's own,
-so that what is evaluated in the end is what would be without annealing.
+The last stage has the network's own products, so that what is evaluated in the end is what would be
+without annealing.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
 
     Args:
         model: what is trained. It is as before when this returns.
-        anneal: 'none' (one stage), 'rule' or 'distance', as in `config.ANNEALINGS`.
+        anneal: 'none' (one stage) or another of `config.ANNEALINGS` (four).
 
     Raises:
         UserError: the model has nothing to anneal.
@@ -39,17 +39,22 @@ def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
         return [nnx.graphdef(model)]
     if not jax.tree.leaves(nnx.state(model, AdderKernel)):
         raise UserError(f"--anneal {anneal}: the network has no adder products")
-    return _distances(model) if anneal == "distance" else _rules(model)
+    return _rules(model) if anneal == "rule" else _distances(model)
 
 
-def stage_of(step: int, total_steps: int, count: int) -> int:
-    """Which of `count` stages of a run a step (from 0) belongs to.
+def stage_of(step: int, total_steps: int, anneal: str) -> int:
+    """Which of the stages of a run a step (from 0) belongs to.
 
     Example:
-        >>> [stage_of(step, 8, 4) for step in range(8)]
+        >>> [stage_of(step, 8, "distance") for step in range(8)]
         [0, 0, 1, 1, 2, 2, 3, 3]
+        >>> [stage_of(step, 6, "distance_half") for step in range(6)]
+        [0, 1, 2, 3, 3, 3]
     """
-    return min(step * count // total_steps, count - 1)
+    if anneal == "none":
+        return 0
+    parts = 6 if anneal == "distance_half" else 4
+    return min(step * parts // total_steps, 3)
 
 
 def products(model: nnx.Module) -> list[tuple[Any, str, Product]]:

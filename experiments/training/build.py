@@ -24,7 +24,12 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
     "bfloat16": {"dtype": jnp.bfloat16},
     "float64": {"param_dtype": jnp.float64},
 }
-RULES = {"addernet": jadder.ADDERNET, "adder_vit": jadder.ADDER_VIT, "sign": jadder.SIGN}
+RULES = {
+    "addernet": jadder.ADDERNET,
+    "adder_vit": jadder.ADDER_VIT,
+    "wide": jadder.GradientRule(x=jadder.rules.Clip(0.5, 1.0)),
+    "sign": jadder.SIGN,
+}
 
 
 def choose_model(name: str, dataset: Dataset) -> str:

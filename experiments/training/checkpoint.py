@@ -34,6 +34,10 @@ LATER: Fingerprint = {
     "earlier_epochs": [],
     "random_crop": None,
     "label_smoothing": 0.0,
+    "bias_rate": 1.0,
+    "decay_norms": True,
+    "kernel_min": None,
+    "kernel_max": None,
 }
 """What earlier versions, whose fingerprints do not say so, did."""
 

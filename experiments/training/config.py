@@ -13,14 +13,14 @@ from experiments.common.errors import UserError
 from experiments.common.files import entry
 
 FAMILIES = ("adder", "conv", "euclid")
-OPTIMIZERS = ("auto", "sgd", "adamw")
-RULES = ("default", "addernet", "adder_vit", "sign")
+OPTIMIZERS = ("auto", "sgd", "muon", "adamw")
+RULES = ("default", "addernet", "adder_vit", "wide", "sign")
 # Those of jadder.implementations, which takes a second to import.
 IMPLEMENTATIONS = ("xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "reference")
 DTYPES = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("standard", "randaugment", "none")
 SCALINGS = ("auto", "on", "off")
-ANNEALINGS = ("none", "rule", "distance")
+ANNEALINGS = ("none", "rule", "distance", "distance_half")
 
 LARGEST = 1e38
 """Of options that float32 has to hold."""
@@ -138,13 +138,14 @@ class TrainConfig:
     optimizer: str = _option(
         "auto",
         "training",
-        "'auto' takes adamw for transformers and sgd for other models",
+        "'auto' takes adamw for transformers and sgd for other models; 'muon' orthogonalises the "
+        "steps of the products' kernels and is sgd for the rest",
         choices=OPTIMIZERS,
     )
     learning_rate: float | None = _option(
         None,
         "training",
-        "peak learning rate; default: 0.1 for sgd, 0.001 for adamw",
+        "peak learning rate; default: 0.1 for sgd and muon, 0.001 for adamw",
         metavar="RATE",
     )
     warmup_epochs: float = _option(
@@ -154,9 +155,19 @@ class TrainConfig:
         "along a cosine to 0",
         metavar="EPOCHS",
     )
-    momentum: float = _option(0.9, "training", "momentum of sgd")
+    momentum: float = _option(0.9, "training", "momentum of sgd and muon")
     weight_decay: float | None = _option(
-        None, "training", "default: 0.0005 for sgd, 0.05 for adamw", metavar="DECAY"
+        None, "training", "default: 0.0005 for sgd and muon, 0.05 for adamw", metavar="DECAY"
+    )
+    bias_rate: float = _option(
+        1.0,
+        "training",
+        "sgd and muon: how many times the learning rate biases take, those of normalisations "
+        "included",
+        metavar="FACTOR",
+    )
+    decay_norms: bool = _option(
+        True, "training", "sgd and muon: weight decay on scales and biases too"
     )
     adaptive_scaling: str = _option(
         "auto",
@@ -165,7 +176,18 @@ class TrainConfig:
         "adamw, whose steps do not depend on the gradient's scale",
         choices=SCALINGS,
     )
-    eta: float = _option(0.2, "training", "adaptive scaling: size of the adder layers' steps")
+    eta: float = _option(
+        0.2,
+        "training",
+        "adaptive scaling: size of the adder layers' steps; muon: root mean square of each step "
+        "before the learning rate",
+    )
+    kernel_min: float | None = _option(
+        None, "training", "keep adder kernels at or above this", metavar="W"
+    )
+    kernel_max: float | None = _option(
+        None, "training", "keep adder kernels at or below this", metavar="W"
+    )
     adder_rate: float = _option(
         30.0,
         "training",
@@ -175,8 +197,9 @@ class TrainConfig:
     anneal: str = _option(
         "none",
         "training",
-        "change adder products in four stages of equal length: 'rule' begins with an eighth of the "
-        "slope of the rule of inputs, 'distance' with (x - w)^2 / 2 in place of |x - w|",
+        "change adder products in four stages, of equal length: 'rule' begins with an eighth of "
+        "the slope of the rule of inputs, 'distance' with (x - w)^2 / 2 in place of |x - w|; "
+        "'distance_half' has the last stage begin at half of the run",
         choices=ANNEALINGS,
     )
     start: str | None = _option(
@@ -253,8 +276,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in ("epochs", "batch_size", "image_size", "limit_train", "learning_rate", "eta",
-                      "adder_rate", "distill_temperature", "checkpoint_every", "devices",
-                      "num_processes", "bits", "random_crop"):  # fmt: skip
+                      "adder_rate", "bias_rate", "distill_temperature", "checkpoint_every",
+                      "devices", "num_processes", "bits", "random_crop"):  # fmt: skip
             self._check_number(field, positive=True)
         for field in (
             "validation",
@@ -268,6 +291,15 @@ class TrainConfig:
             "process_id",
         ):
             self._check_number(field, positive=False)
+        for field in ("kernel_min", "kernel_max"):
+            value = getattr(self, field)
+            if value is not None and not abs(value) <= LARGEST:
+                raise UserError(
+                    f"{flag(field)} must be a number of at most {LARGEST:g}, got {value}"
+                )
+        low, high = self.kernel_min, self.kernel_max
+        if low is not None and high is not None and low > high:
+            raise UserError(f"--kernel-min must be at most --kernel-max {high}, got {low}")
         if self.momentum >= 1:
             raise UserError(f"--momentum must be below 1, got {self.momentum}")
         if self.label_smoothing >= 1:

@@ -324,7 +324,7 @@ class Run:
 
     def stage(self, step: int) -> int:
         """Which of the stages of annealing a step (from 0) belongs to; the only one without."""
-        return annealing.stage_of(step, self.total_steps, len(self.train_steps))
+        return annealing.stage_of(step, self.total_steps, self.config.anneal)
 
     def _batch(self, order: Order, number: int, epoch: int = 0) -> tuple[jax.Array, jax.Array]:
         """The images and labels of one step of an epoch (from 0)."""

@@ -44,13 +44,19 @@ def products_of(graphdef: nnx.GraphDef[Any], model: nnx.Module) -> list[Any]:
     return [product for _, _, product in products(nnx.merge(graphdef, state))]
 
 
-@given(st.integers(1, 50), st.integers(1, 6))
-def test_stages_are_in_order_and_of_equal_length(total: int, count: int) -> None:
-    found = [stage_of(step, total, count) for step in range(total)]
+@given(st.integers(1, 50), st.sampled_from(["none", "rule", "distance", "distance_half"]))
+def test_stages_are_in_order_and_end_with_the_last(total: int, anneal: str) -> None:
+    found = [stage_of(step, total, anneal) for step in range(total)]
     assert found == sorted(found)
-    lengths = np.bincount(found, minlength=count)
-    assert len(lengths) == count
-    assert lengths.max() - lengths.min() <= 1
+    lengths = np.bincount(found, minlength=1 if anneal == "none" else 4)
+    if anneal == "none":
+        assert lengths.tolist() == [total]
+        return
+    assert len(lengths) == 4
+    # Of equal length, the last one of half the run where it is asked for, to a step.
+    *first, last = lengths
+    assert max(first) - min(first) <= 1
+    assert abs(last - (total / 2 if anneal == "distance_half" else total / 4)) <= 1
 
 
 def test_slopes_double_until_they_are_the_rules_own() -> None:
@@ -71,7 +77,7 @@ def test_without_annealing_there_is_one_stage() -> None:
     assert stages(model, "none") == [nnx.graphdef(model)]
 
 
-@pytest.mark.parametrize("anneal", ["rule", "distance"])
+@pytest.mark.parametrize("anneal", ["rule", "distance", "distance_half"])
 def test_a_network_that_multiplies_cannot_be_annealed(anneal: str) -> None:
     with pytest.raises(UserError, match=f"--anneal {anneal}: the network has no adder products"):
         stages(vit(family="conv"), anneal)
@@ -86,7 +92,7 @@ def test_the_sign_has_no_slope() -> None:
 def test_both_ends_of_annealing() -> None:
     assert RULE_FACTORS[-1] == L1_SHARES[-1] == 1
     assert len(RULE_FACTORS) == len(L1_SHARES) == 4
-    assert set(ANNEALINGS) == {"none", "rule", "distance"}
+    assert set(ANNEALINGS) == {"none", "rule", "distance", "distance_half"}
 
 
 def start(folder: Path, dataset: Dataset, **changes: Any) -> Run:

@@ -5,6 +5,7 @@ import math
 import shlex
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,6 +50,9 @@ def test_options_are_read() -> None:
         ("--learning-rate nan", "--learning-rate must be positive, got nan"),
         ("--eta -1", "--eta must be positive, got -1.0"),
         ("--momentum 1", "--momentum must be below 1"),
+        ("--bias-rate 0", "--bias-rate must be positive, got 0.0"),
+        ("--kernel-max nan", "--kernel-max must be a number of at most 1e+38, got nan"),
+        ("--kernel-min 2 --kernel-max 1", "--kernel-min must be at most --kernel-max 1.0, got 2.0"),
         ("--anneal slowly", "invalid choice: 'slowly'"),
         ("--distill-weight 1.5", "--distill-weight must be at most 1, got 1.5"),
         ("--distill-temperature 0", "--distill-temperature must be positive, got 0.0"),
@@ -104,6 +108,7 @@ def test_names_tell_runs_apart() -> None:
         ({"model": "swin"}, Recipe("adamw", 1e-3, 0.05)),
         ({"model": "resnet20", "optimizer": "adamw"}, Recipe("adamw", 1e-3, 0.05)),
         ({"learning_rate": 0.3, "weight_decay": 0.0}, Recipe("sgd", 0.3, 0.0)),
+        ({"optimizer": "muon"}, Recipe("muon", 0.1, 5e-4)),
     ],
 )
 def test_recipe(changes: dict[str, Any], recipe: Recipe) -> None:
@@ -128,6 +133,7 @@ def first_updates(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
         ({"optimizer": "sgd"}, -0.02, -0.4),
         ({"optimizer": "sgd", "eta": 0.5}, -0.05, -0.4),
         ({"optimizer": "sgd", "adaptive_scaling": "off"}, -0.4, -0.4),
+        ({"optimizer": "sgd", "kernel_min": 0.99, "kernel_max": 3.0}, -0.01, -0.4),
         # Adam's first step is the rate, whatever the gradient.
         ({"optimizer": "adamw"}, -3.0, -0.1),
         ({"optimizer": "adamw", "adder_rate": 3.0}, -0.3, -0.1),
@@ -138,6 +144,45 @@ def test_sizes_of_steps(changes: dict[str, Any], adder: float, other: float) -> 
     updates = first_updates(**changes)
     np.testing.assert_allclose(updates["adder"], np.full((2, 2), adder), rtol=1e-5)
     np.testing.assert_allclose(updates["other"], np.full(3, other), rtol=1e-5)
+
+
+NORM = {"scale": jnp.full(3, 2.0), "bias": jnp.full(3, 2.0)}
+
+
+def norm_updates(**changes: Any) -> dict[str, float]:
+    """Of a normalisation whose gradients are 1, at a rate of 0.1 with a decay of 0.01."""
+    config = TrainConfig(weight_decay=0.01, **changes)
+    params = {"norm": NORM, "kernel": jnp.ones((2, 3))}
+    tx = make(config, choose(config), lambda step: 0.1, {"norm": False, "kernel": True})
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    return {name: float(update[0]) for name, update in updates["norm"].items()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_norms_take_rates_and_decay_of_their_own(optimizer: str) -> None:
+    decayed = pytest.approx(-0.1 * 1.02)
+    assert norm_updates(optimizer=optimizer) == {"scale": decayed, "bias": decayed}
+    changed = norm_updates(optimizer=optimizer, bias_rate=16.0, decay_norms=False)
+    assert changed == {"scale": pytest.approx(-0.1), "bias": pytest.approx(-1.6)}
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_muon_makes_steps_orthogonal(adds: bool) -> None:
+    """Of adder kernels; of a network that has none, of convolutions' kernels."""
+    mask = {"first": adds, "other": False}
+    config = TrainConfig(optimizer="muon", weight_decay=0.0, eta=0.5)
+    rng = np.random.default_rng(0)
+    shape = (8, 4) if adds else (2, 2, 2, 4)
+    gradients = {"first": rng.normal(size=shape), "other": rng.normal(size=(8, 4))}
+    params = jax.tree.map(jnp.ones_like, gradients)
+    tx = make(config, choose(config), lambda step: 0.1, mask)
+    updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
+    step = np.asarray(updates["first"]).reshape(8, 4)
+    singular = np.linalg.svd(step, compute_uv=False)
+    # Five iterations of Newton and Schulz leave singular values between 0.7 and 1.2 times one size,
+    # which makes each element's root mean square eta.
+    np.testing.assert_allclose(singular, 0.1 * 0.5 * np.sqrt(8), rtol=0.35)
+    np.testing.assert_allclose(updates["other"], -0.1 * gradients["other"], rtol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
