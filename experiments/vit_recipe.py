@@ -1,27 +1,20 @@
 """What makes adder transformers train: one change at a time from a common recipe."""
 
 import argparse
-import dataclasses
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from experiments.common.allocation import restart_with_huge_pages
-from experiments.common.drawing import new_figure, save
-from experiments.common.errors import UserError
+from experiments.common.drawing import save
+from experiments.studies.ablations import check_teachers, find_teacher, picture
 from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Picture
 from experiments.studies.study import (
-    Trained,
     TrainingOptions,
     accuracy_table,
-    by_label,
     changed,
-    folder_name,
     train,
     with_seeds,
 )
@@ -97,13 +90,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, place: Place) -> Outcome:
     config = TRAINING.config(options)
     names = options.changes or (tuple(CHANGES)[:1] if options.smoke else tuple(CHANGES))
-    check_teachers(names)
+    check_teachers(names, CHANGES)
     extra = _TINY if options.smoke else ()
     # In the order of CHANGES, which has teachers before those who learn from them.
     plans = {name: changed(config, CHANGES[name], extra) for name in CHANGES if name in names}
     seeded = with_seeds(plans, TRAINING.chosen_seeds(options))
     runs = train({label: find_teacher(plan, place) for label, plan in seeded.items()}, place)
-    save(picture(runs), place.folder / "ablations.png")
+    save(picture(runs, "recipe"), place.folder / "ablations.png")
     title = f"AdderViT on {config.dataset}: one change at a time"
     return Outcome(
         title,
@@ -111,41 +104,6 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
         pictures=[Picture("ablations.png", "Each change beside the recipe; a dot for each seed")],
         data={"runs": [one.summary() for one in runs]},
     )
-
-
-def check_teachers(names: Sequence[str]) -> None:
-    """Raises UserError where a change learns from one that is not trained beside it."""
-    for name in names:
-        teacher = CHANGES[name].get("teacher", name)
-        if teacher not in names:
-            raise UserError(f"--changes {name!r} needs {teacher!r} beside it, to learn from")
-
-
-def find_teacher(plan: TrainConfig, place: Place) -> TrainConfig:
-    """A plan whose teacher is a change has that change's run of its own seed instead."""
-    if plan.teacher is None:
-        return plan
-    folder = place.folder / folder_name(f"{plan.teacher} s{plan.seed}")
-    return dataclasses.replace(plan, teacher=str(folder))
-
-
-def picture(runs: Sequence[Trained]) -> Figure:
-    """A line for each change: a dot for each seed, a bar at their mean."""
-    groups = by_label(runs)
-    figure = new_figure(8, 1.2 + 0.32 * len(groups))
-    axes = figure.subplots()
-    for place, (label, group) in enumerate(groups.items()):
-        values = [100 * one.test_accuracy for one in group if one.test_accuracy is not None]
-        multiplies = group[0].config.family == ("conv",)
-        colour = "C0" if label == "recipe" else "C1" if multiplies else "0.4"
-        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.6)
-        if values:
-            axes.plot(statistics.fmean(values), place, "|", color=colour, markersize=16)
-    axes.set_yticks(range(len(groups)), list(groups))
-    axes.invert_yaxis()
-    axes.set_xlabel("accuracy on images held back (%)")
-    axes.grid(axis="x", alpha=0.3)
-    return figure
 
 
 EXPERIMENT = Experiment("vit_recipe", ABOUT, run, add_options)

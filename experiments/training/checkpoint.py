@@ -134,6 +134,25 @@ class Checkpoints:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             return self._manager.restore(step, args=args).state, progress
 
+    def restore_part(self, state: Any) -> Any | None:
+        """What of the newest checkpoint's state is in `state`, a part of its tree; None as above.
+
+        Raises:
+            UserError: as of `restore`.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        with self._reading(step), _no_late_complaints():
+            self._progress(step)
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            part = ocp.args.PyTreeRestore(
+                target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True,
+            )
+            return self._manager.restore(step, args=ocp.args.Composite(state=part)).state
+
     def progress(self) -> dict[str, Any] | None:
         """What the newest checkpoint says beside its state, None where there is none.
 

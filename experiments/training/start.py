@@ -14,13 +14,12 @@ import jadder.models
 from experiments.common.errors import UserError
 from experiments.common.files import entry
 from experiments.images.dataset import Dataset
-from experiments.training import optimizer, steps
+from experiments.training import steps
 from experiments.training.build import build_model, choose_model, refusals
 from experiments.training.checkpoint import Checkpoints, describe
 from experiments.training.config import TrainConfig, from_record
 from experiments.training.folder import read_fingerprint, read_result, saved_steps
 from jadder import fake_quantize
-from jadder.nn import adder_mask
 
 CALIBRATION_IMAGES = 512
 
@@ -132,13 +131,9 @@ def trained(
     if theirs.bits is None:  # whose grids are those of the network that it began with
         theirs = dataclasses.replace(theirs, start=None)
     model = starting_model(theirs, theirs.family[0], dataset, after | {place})
-    recipe = optimizer.choose(theirs)
-    tx = optimizer.make(theirs, recipe, lambda count: jnp.zeros(()), adder_mask(model))
-    dtype = jnp.dtype("float64" if theirs.dtype == "float64" else "float32")
-    graphdef, state = steps.initial_state(model, tx, dtype)
+    graphdef, params, rest = steps.split(model)
     with Checkpoints(folder / "checkpoints", saved, read_only=True) as checkpoints:
-        restored = checkpoints.restore(state)
+        restored = checkpoints.restore_part({"params": params, "model": rest})
     if restored is None:
         raise UserError("it has no checkpoint")
-    state, _ = restored
-    return graphdef, (state["params"], state["model"])
+    return graphdef, (restored["params"], restored["model"])

@@ -17,9 +17,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jadder
-from experiments import gradient_norms, hundred_images, kernel_scale, resnet20, stability, twins
+from experiments import (
+    gradient_norms,
+    hundred_images,
+    kernel_scale,
+    resnet20,
+    resnet_recipe,
+    stability,
+    twins,
+)
+from experiments.images.dataset import Dataset
 from experiments.studies import command, ranges, study
 from experiments.studies.study import Trained
+from experiments.training import optimizer
+from experiments.training.build import build_model
 from experiments.training.config import TrainConfig
 from experiments.training.run import Run
 from tests.experiments.smoke import smoke
@@ -174,6 +185,51 @@ def test_a_foreign_torch_state_is_refused(
     assert f"error: --torch-state {file}: " in capsys.readouterr().err
 
 
+# -- one change at a time --------------------------------------------------------------------------
+
+
+def test_averaging_follows_the_parameters_and_changes_no_update() -> None:
+    params = {"w": jnp.array([1.0, -2.0])}
+    plain, kept = optax.sgd(0.5), resnet_recipe.averaging(optax.sgd(0.5), steps=12)
+    state, expected = kept.init(params), plain.init(params)
+    average = np.asarray(params["w"])
+    for step in range(5):
+        grads = {"w": jnp.array([1.0, float(step)])}
+        updates, state = kept.update(grads, state, params)
+        ours, expected = plain.update(grads, expected, params)
+        np.testing.assert_array_equal(updates["w"], ours["w"])
+        params = optax.apply_updates(params, updates)
+        average = average + (np.asarray(params["w"]) - average) / 3  # a quarter of the steps
+    np.testing.assert_allclose(state.average["w"], average, rtol=1e-6)
+
+
+def test_resnet_recipe_judges_averages_and_learns_from_averaged_twins(tmp_path: Path) -> None:
+    names = ("twin", "kernels inside", "learning from the twin")
+    result = smoke(resnet_recipe, tmp_path, "--changes", *names)
+    assert [run["label"] for run in result["data"]["runs"]] == [f"{name} s0" for name in names]
+    for run in result["data"]["runs"]:
+        assert 0 <= run["average_accuracy"] <= 1
+    _, averages = result["tables"]
+    for (_, last, mean, gain), run in zip(averages["rows"], result["data"]["runs"], strict=True):
+        assert (last, mean) == (run["test_accuracy"], run["average_accuracy"])
+        assert gain == pytest.approx(100 * (mean - last))
+    options = ["--smoke", "--out-dir", str(tmp_path), "--changes", "learning from the twin"]
+    assert resnet_recipe.main(options) == 2
+
+
+@pytest.mark.parametrize("name", resnet_recipe.CHANGES)
+def test_every_change_of_the_resnet_recipe_is_a_network(name: str) -> None:
+    config = study.changed(resnet_recipe.TRAINING.full, resnet_recipe.CHANGES[name])
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    data = Dataset("none", images, np.zeros(1, np.int32), images, np.zeros(1, np.int32), 10,
+                   (0.0,) * 3, (1.0,) * 3, 4, True)  # fmt: skip
+    model = nnx.eval_shape(lambda: build_model(config, config.family[0], data))
+    mask = jadder.adder_mask(model)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    tx = optimizer.make(config, optimizer.choose(config), lambda step: 0.1, mask)
+    jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+
+
 # -- the other studies -----------------------------------------------------------------------------
 
 
@@ -262,7 +318,8 @@ def test_resnet20(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [gradient_norms, hundred_images, kernel_scale, resnet20, stability, twins]
+    "module",
+    [gradient_norms, hundred_images, kernel_scale, resnet20, resnet_recipe, stability, twins],
 )
 def test_full_sizes_are_complete(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = module.TRAINING.config(module.EXPERIMENT.parser().parse_args([]))
