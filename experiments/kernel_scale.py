@@ -40,7 +40,8 @@ weight of slope ±1. For each adder layer, at the start and after each of --look
 run: the root mean square of the kernel, of its input and the input's maximum, on 256 training
 images; the share of the kernel's elements that bend for 1 to 99 % of their channel's inputs; and
 the share of elements that change their sign in a step. For AdderNet's recipe, for the one with
-centred normalisation and, with --torch-state, for a network that was trained in PyTorch.
+centred normalisation, for that with bounds and smaller steps and, with --torch-state, for a network
+that was trained in PyTorch.
 """
 TRAINING = TrainingOptions(
     full=TrainConfig(model="resnet20", family=("adder",), dataset="cifar10", epochs=3),
@@ -51,6 +52,12 @@ TRAINING = TrainingOptions(
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "AdderNet's recipe": {"eta": 0.2},
     "centred": {"eta": 0.4, "model_options": ("norm=centered_batch",)},
+    "kept inside": {
+        "eta": 0.1,
+        "kernel_min": -0.25,
+        "kernel_max": 2.5,
+        "model_options": ("norm=centered_batch",),
+    },
 }
 IMAGES = 256
 """Training images on which inputs are looked at."""

@@ -35,7 +35,10 @@ from experiments.training.run import Run
 from jadder.models import update_statistics
 
 ABOUT = """\
-What makes adder ResNets train: AdderNet's recipe with centred normalisation, one change at a time.
+What makes adder ResNets train: a common recipe, with one thing changed at a time.
+
+The recipe is AdderNet's with small steps (eta 0.1), kernels that stay where their inputs are
+(between -0.25 and 2.5), and the mean over the channels taken away before each normalisation.
 
 A fixed proxy: ResNet-8 (--model takes another), the first 20,000 training images of CIFAR-10, 8
 epochs, batch 128, crop and flip, SGD with rate 0.1, warm-up and cosine; judged on the last 5,000
@@ -44,45 +47,43 @@ network are tried on the multiplying twin as well. Of every run the moving avera
 judged too, with batch statistics of its own.
 """
 _CENTRED = ("norm=centered_batch",)
-_INSIDE = {"kernel_min": -0.25, "kernel_max": 2.5}
-_TWIN: Mapping[str, Any] = {"family": ("conv",), "model_options": ()}
+_FREE: Mapping[str, Any] = {"kernel_min": None, "kernel_max": None}
+_TWIN: Mapping[str, Any] = {"family": ("conv",), "model_options": (), **_FREE}
 CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "recipe": {},
         "twin": _TWIN,
-        "not centred": {"model_options": ()},
+        "kernels free, eta 0.4": {**_FREE, "eta": 0.4},
+        "kernels free": _FREE,
         "eta 0.2": {"eta": 0.2},
-        "eta 0.1": {"eta": 0.1},
-        "HT(4d)": {"rule": "adder_vit"},
-        "kernels inside": _INSIDE,
-        "kernels inside, eta 0.2": {**_INSIDE, "eta": 0.2},
-        "kernels inside, eta 0.1": {**_INSIDE, "eta": 0.1},
-        "kernels inside, eta 0.05": {**_INSIDE, "eta": 0.05},
-        "kernels inside, HT(4d)": {**_INSIDE, "rule": "adder_vit"},
-        "kernels inside, HT(d/2)": {**_INSIDE, "rule": "wide"},
-        "Euclid's distance first": {"anneal": "distance_half"},
-        "Muon": {"optimizer": "muon", "eta": 0.4},
-        "twin, Muon": {**_TWIN, "optimizer": "muon", "eta": 0.04},
+        "eta 0.05": {"eta": 0.05},
         "batch 64": {"batch_size": 64},
         "twin, batch 64": {**_TWIN, "batch_size": 64},
+        "Muon": {"optimizer": "muon"},
+        "twin, Muon": {**_TWIN, "optimizer": "muon", "eta": 0.04},
+        "Euclid's distance first": {"anneal": "distance_half"},
+        "learning from the twin": {"teacher": "twin", "distill_temperature": 4.0},
+        "twin learning from the twin": {**_TWIN, "teacher": "twin", "distill_temperature": 4.0},
+        "not centred": {"model_options": ()},
+        "HT(4d)": {"rule": "adder_vit"},
+        "HT(d/2)": {"rule": "wide"},
+        "kernels in [-0.1, 1.5]": {"kernel_min": -0.1, "kernel_max": 1.5},
         "bias rate x16": {"bias_rate": 16.0},
         "twin, bias rate x16": {**_TWIN, "bias_rate": 16.0},
         "norms not decayed": {"decay_norms": False},
         "twin, norms not decayed": {**_TWIN, "decay_norms": False},
         "label smoothing 0.1": {"label_smoothing": 0.1},
         "twin, label smoothing 0.1": {**_TWIN, "label_smoothing": 0.1},
-        "learning from the twin": {"teacher": "twin", "distill_temperature": 4.0},
-        "twin learning from the twin": {**_TWIN, "teacher": "twin", "distill_temperature": 4.0},
     }
 )
 TRAINING = TrainingOptions(
     full=TrainConfig(
         model="resnet8", family=("adder",), dataset="cifar10", epochs=8, limit_train=20_000,
-        validation=5_000, eta=0.4, model_options=_CENTRED,
+        validation=5_000, eta=0.1, kernel_min=-0.25, kernel_max=2.5, model_options=_CENTRED,
     ),
     smoke=TrainConfig(
         model="lenet5", family=("adder",), epochs=1, limit_train=64, batch_size=32, validation=64,
-        image_size=8, eta=0.4,
+        image_size=8, eta=0.1, kernel_min=-0.25, kernel_max=2.5,
     ),
     seeds=(0, 1),
 )  # fmt: skip

@@ -160,13 +160,15 @@ def test_ranges_of_a_model_are_of_its_adder_layers() -> None:
 
 def test_kernel_scale(tmp_path: Path) -> None:
     result = smoke(kernel_scale, tmp_path, "--looks", "3")
-    assert len(result["notes"]) == 2
+    assert len(result["notes"]) == 3
     for run in result["data"]["runs"]:
         seen = run["seen"]
         assert seen["steps"] == [0, 3, 6, 8]
         for look in seen["looks"]:
             assert list(look) == ["conv2", "fc1", "fc2"]
         assert all(0 < flips["fc1"] < 0.1 for flips in seen["flips"])
+        if run["run"]["kernel_max"] is not None:
+            continue  # whose kernels of N(0, 1) lose their tails at once
         # Steps of 0.1 · eta leave a kernel of N(0, 1) near 1 after eight of them.
         assert seen["looks"][-1]["fc1"]["kernel_rms"] == pytest.approx(1, abs=0.1)
 
@@ -204,7 +206,7 @@ def test_averaging_follows_the_parameters_and_changes_no_update() -> None:
 
 
 def test_resnet_recipe_judges_averages_and_learns_from_averaged_twins(tmp_path: Path) -> None:
-    names = ("twin", "kernels inside", "learning from the twin")
+    names = ("twin", "kernels free", "learning from the twin")
     result = smoke(resnet_recipe, tmp_path, "--changes", *names)
     assert [run["label"] for run in result["data"]["runs"]] == [f"{name} s0" for name in names]
     for run in result["data"]["runs"]:
