@@ -25,6 +25,7 @@ from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.study import Trained, TrainingOptions, train
 from experiments.training.build import build_model
 from experiments.training.config import TrainConfig
+from experiments.training.optimizer import ADDERNET
 from experiments.training.run import Run
 
 ABOUT = """\
@@ -37,8 +38,10 @@ kernel. The first study found gradients that vanish from layer to layer; adaptiv
 last layer multiply in each of the networks.
 """
 TRAINING = TrainingOptions(
-    full=TrainConfig(model="resnet20", dataset="cifar10", epochs=3),
-    smoke=TrainConfig(model="lenet5", epochs=2, limit_train=128, batch_size=32, image_size=8),
+    full=TrainConfig(**ADDERNET, model="resnet20", dataset="cifar10", epochs=3),
+    smoke=TrainConfig(
+        **ADDERNET, model="lenet5", epochs=2, limit_train=128, batch_size=32, image_size=8
+    ),
 )
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "adder, scaled": {"family": ("adder",), "adaptive_scaling": "on"},

@@ -28,6 +28,7 @@ from experiments.studies.study import Trained, TrainingOptions, train
 from experiments.training.build import build_model
 from experiments.training.config import TrainConfig
 from experiments.training.data import dataset_of
+from experiments.training.optimizer import ADDERNET
 from experiments.training.run import Run
 from jadder.models import load_torch_state
 from jadder.nn import AdderKernel
@@ -50,14 +51,9 @@ TRAINING = TrainingOptions(
     ),
 )
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "AdderNet's recipe": {"eta": 0.2},
-    "centred": {"eta": 0.4, "model_options": ("norm=centered_batch",)},
-    "kept inside": {
-        "eta": 0.1,
-        "kernel_min": -0.25,
-        "kernel_max": 2.5,
-        "model_options": ("norm=centered_batch",),
-    },
+    "AdderNet's recipe": ADDERNET,
+    "centred": {**ADDERNET, "eta": 0.4, "model_options": ("norm=centered_batch",)},
+    "kept inside": {"model_options": ("norm=centered_batch",)},
 }
 IMAGES = 256
 """Training images on which inputs are looked at."""

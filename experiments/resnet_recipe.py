@@ -47,14 +47,14 @@ network are tried on the multiplying twin as well. Of every run the moving avera
 judged too, with batch statistics of its own.
 """
 _CENTRED = ("norm=centered_batch",)
-_FREE: Mapping[str, Any] = {"kernel_min": None, "kernel_max": None}
-_TWIN: Mapping[str, Any] = {"family": ("conv",), "model_options": (), **_FREE}
+_FREE: Mapping[str, Any] = {"free_kernels": True}
+_TWIN: Mapping[str, Any] = {"family": ("conv",), "model_options": ()}
 CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "recipe": {},
         "twin": _TWIN,
         "kernels free, eta 0.4": {**_FREE, "eta": 0.4},
-        "kernels free": _FREE,
+        "kernels free": {**_FREE, "eta": 0.1},
         "eta 0.2": {"eta": 0.2},
         "eta 0.05": {"eta": 0.05},
         "batch 64": {"batch_size": 64},
@@ -79,11 +79,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 TRAINING = TrainingOptions(
     full=TrainConfig(
         model="resnet8", family=("adder",), dataset="cifar10", epochs=8, limit_train=20_000,
-        validation=5_000, eta=0.1, kernel_min=-0.25, kernel_max=2.5, model_options=_CENTRED,
+        validation=5_000, model_options=_CENTRED,
     ),
     smoke=TrainConfig(
         model="lenet5", family=("adder",), epochs=1, limit_train=64, batch_size=32, validation=64,
-        image_size=8, eta=0.1, kernel_min=-0.25, kernel_max=2.5,
+        image_size=8,
     ),
     seeds=(0, 1),
 )  # fmt: skip
