@@ -76,10 +76,12 @@ def adder(implementation: Implementation | None = None) -> Family:
 
 
 def training_step(
-    model: str, family: Family, batch: int, size: int
+    model: str, family: Family, batch: int, size: int, num_classes: int = 10
 ) -> tuple[Step, tuple[Any, Any, Any, Array, Array]]:
     """A step of AdderNet's recipe; parameters, statistics, optimizer's state, images and labels."""
-    network = models.create(model, family=family, image_size=(size, size), rngs=nnx.Rngs(0))
+    network = models.create(
+        model, num_classes=num_classes, family=family, image_size=(size, size), rngs=nnx.Rngs(0)
+    )
     parts: Any = nnx.split(network, nnx.Param, ...)
     graphdef, params, rest = parts
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)

@@ -17,7 +17,7 @@ import importlib.resources
 import os
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,10 @@ TARGETS = (
     "conv",
     "conv_dx",
     "conv_dw",
+    "int16_matmul",
+    "int16_matmul_dx",
+    "int16_conv",
+    "int16_conv_dx",
     "integer_matmul",
     "integer_conv",
 )
@@ -64,18 +68,27 @@ def instruction_set() -> str:
 class CpuKernels:
     """The native products.
 
-    With ``fast`` the forward products of floats are Σ_k x + Σ_k w - 2 Σ_k max(x, w): a third
-    quicker, and inexact by rounding errors of Σ|x| + Σ|w| rather than of Σ|x - w|.
+    ``form`` says how products of floats are computed:
+
+    * "exact": in float32, as written.
+    * "fast": forward products as Σ_k x + Σ_k w - 2 Σ_k max(x, w): a third quicker, and inexact by
+      rounding errors of Σ|x| + Σ|w| rather than of Σ|x - w|.
+    * "int16": x, w and g rounded to integers of 16 bits, and exact sums of those. For y, x and w
+      are multiples of (max x - min x) / 2046, zero counting among the values of x; for dx, they are
+      multiples of at most (max|x| + limit) / 3900, where limit = clip.bound / clip.scale, and g of
+      max|g| / 8191. What of w lies outside of what x reaches is not rounded but cut off, and added
+      again. dw, and what has no such grid (values that are not finite, limit = 0, max|x| > 126
+      limit), is "exact".
     """
 
-    fast: bool = False
+    form: Literal["exact", "fast", "int16"] = "exact"
 
     def matmul(self, x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
         """y[b, m, n] = -Σ_k |x[b, m, k] - w[b, k, n]|."""
         shape = (*x.shape[:2], w.shape[2])
         if jnp.issubdtype(x.dtype, jnp.integer):
             return _call("integer_matmul", shape, jnp.int32, (x, w))
-        return _call("matmul", shape, out_dtype, (x, w), fast=np.bool_(self.fast))
+        return self._forward("matmul", shape, out_dtype, (x, w))
 
     def matmul_dx(
         self,
@@ -90,7 +103,7 @@ class CpuKernels:
         """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
         if clip.is_linear:
             return linear.matmul_dx(x, w, g, clip, out_dtype=out_dtype, precision=precision)
-        return _call("matmul_dx", x.shape, out_dtype, (x, w, g), **_clip(clip))
+        return self._dx("matmul_dx", x.shape, out_dtype, (x, w, g), **_clip(clip))
 
     def matmul_dw(
         self,
@@ -113,8 +126,7 @@ class CpuKernels:
         if jnp.issubdtype(x.dtype, jnp.integer):
             y = _call("integer_conv", shape, jnp.int32, operands, **_spec(spec))
         else:
-            fast = np.bool_(self.fast)
-            y = _call("conv", shape, out_dtype, operands, **_spec(spec), fast=fast)
+            y = self._forward("conv", shape, out_dtype, operands, **_spec(spec))
         return y.reshape(out)
 
     def conv_dx(
@@ -133,7 +145,7 @@ class CpuKernels:
             return linear.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
         operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
         shape = operands[0].shape
-        dx = _call("conv_dx", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
+        dx = self._dx("conv_dx", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
         return dx.reshape(x.shape)
 
     def conv_dw(
@@ -153,6 +165,30 @@ class CpuKernels:
         shape = operands[1].shape
         dw = _call("conv_dw", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
         return dw.reshape(w.shape)
+
+    def _forward(
+        self,
+        target: str,
+        shape: Sequence[int],
+        out_dtype: DTypeLike,
+        operands: Sequence[Array],
+        **attributes: Any,
+    ) -> Array:
+        if self.form == "int16":
+            return _call(f"int16_{target}", shape, out_dtype, operands, **attributes)
+        fast = np.bool_(self.form == "fast")
+        return _call(target, shape, out_dtype, operands, **attributes, fast=fast)
+
+    def _dx(
+        self,
+        target: str,
+        shape: Sequence[int],
+        out_dtype: DTypeLike,
+        operands: Sequence[Array],
+        **attributes: Any,
+    ) -> Array:
+        name = f"int16_{target}" if self.form == "int16" else target
+        return _call(name, shape, out_dtype, operands, **attributes)
 
 
 def _call(
