@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <new>
@@ -550,8 +551,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_matmul, jadder::IntegerMatmulImpl,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_conv, jadder::IntegerConvImpl,
                               jadder::WithWindow(jadder::BindIntegers()));
 
-// The instruction set in use.
-extern "C" const char* jadder_isa() { return jadder::SelectKernels().name; }
+// The instruction set in use. VNNI counts as part of AVX-512.
+extern "C" const char* jadder_isa() {
+  const char* name = jadder::SelectKernels().name;
+  return std::strcmp(name, "avx512vnni") == 0 ? "avx512" : name;
+}
 
 // Whose headers this was built with: an older XLA refuses to start with handlers of a newer one.
 extern "C" const char* jadder_jaxlib_version() { return JADDER_JAXLIB_VERSION; }

@@ -16,7 +16,11 @@ namespace {
 inline constexpr int kForwardRows = kRegisters == 32 ? 12 : 5;
 inline constexpr int kForwardVectors = 2;
 inline constexpr int kGradientRows = kRegisters == 32 ? 12 : 6;
-inline constexpr int kPairClipRows = kRegisters == 32 ? 9 : 4;  // of three registers each
+#if defined(__AVX512VNNI__)
+inline constexpr int kPairClipRows = 9;  // of three registers each
+#else
+inline constexpr int kPairClipRows = kRegisters == 32 ? 7 : 3;
+#endif
 
 static_assert(kForwardRows <= kMaxRows && kGradientRows <= kMaxRows);
 static_assert(kForwardVectors * kLanes <= kMaxWidth);
@@ -182,7 +186,7 @@ void PairMaxTile(const Tile& tile) {
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
-          total[r][v] = AddIntegers(total[r][v], MultiplyPairs(sum[r][v], ones));
+          total[r][v] = AddProducts(total[r][v], sum[r][v], ones);
         }
       }
       ForgetLoads();
@@ -228,9 +232,9 @@ void PairClipTile(const Tile& tile) {
         const Vec lane = Load(panel);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          const Vec g = Broadcast(*reinterpret_cast<const float*>(chunk.row_end[r] + k));
           const Vec clipped = MinPairs(MaxPairs(lane, low[r]), high[r]);
-          sum[r] = AddIntegers(sum[r], MultiplyPairs(clipped, g));
+          const float* g = reinterpret_cast<const float*>(chunk.row_end[r] + k);
+          sum[r] = AddBroadcastProducts(sum[r], clipped, g);
         }
       }
 #pragma GCC unroll 16
@@ -506,13 +510,13 @@ JADDER_INLINE void SumPairs(const Tile& tile, const float* const* rows, float* s
     for (; k + kLanes <= end; k += kLanes) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        sum[r] = AddIntegers(sum[r], MultiplyPairs(Load(rows[r] + k), ones));
+        sum[r] = AddProducts(sum[r], Load(rows[r] + k), ones);
       }
     }
     if (k == end) continue;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      sum[r] = AddIntegers(sum[r], MultiplyPairs(LoadFirst(rows[r] + k, end - k), ones));
+      sum[r] = AddProducts(sum[r], LoadFirst(rows[r] + k, end - k), ones);
     }
   }
 #pragma GCC unroll 16

@@ -115,6 +115,9 @@ struct Kernels {
                         int16_t* to);
 };
 
+namespace avx512vnni {
+extern const Kernels kKernels;
+}
 namespace avx512 {
 extern const Kernels kKernels;
 }

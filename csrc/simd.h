@@ -17,7 +17,11 @@
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
+#define JADDER_ISA avx512vnni
+#else
 #define JADDER_ISA avx512
+#endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #define JADDER_ISA avx2
 #else
@@ -87,6 +91,13 @@ JADDER_INLINE Vec MultiplyPairs(Vec a, Vec b) {  // the sum of both products, in
   return FromBits(_mm512_madd_epi16(Bits(a), Bits(b)));
 }
 JADDER_INLINE Vec AddIntegers(Vec a, Vec b) { return FromBits(_mm512_add_epi32(Bits(a), Bits(b))); }
+JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddIntegers
+#if defined(__AVX512VNNI__)
+  return FromBits(_mm512_dpwssd_epi32(Bits(sum), Bits(a), Bits(b)));
+#else
+  return AddIntegers(sum, MultiplyPairs(a, b));
+#endif
+}
 JADDER_INLINE Vec ToFloats(Vec a) { return _mm512_cvtepi32_ps(Bits(a)); }
 JADDER_INLINE Vec ToIntegers(Vec a) { return FromBits(_mm512_cvtps_epi32(a)); }
 JADDER_INLINE Vec BothHalves(Vec a) {  // a pair of an integer and itself
@@ -157,6 +168,9 @@ JADDER_INLINE Vec MultiplyPairs(Vec a, Vec b) {  // the sum of both products, in
   return FromBits(_mm256_madd_epi16(Bits(a), Bits(b)));
 }
 JADDER_INLINE Vec AddIntegers(Vec a, Vec b) { return FromBits(_mm256_add_epi32(Bits(a), Bits(b))); }
+JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddIntegers
+  return AddIntegers(sum, MultiplyPairs(a, b));
+}
 JADDER_INLINE Vec ToFloats(Vec a) { return _mm256_cvtepi32_ps(Bits(a)); }
 JADDER_INLINE Vec ToIntegers(Vec a) { return FromBits(_mm256_cvtps_epi32(a)); }
 JADDER_INLINE Vec BothHalves(Vec a) {  // a pair of an integer and itself
@@ -279,6 +293,9 @@ JADDER_INLINE Vec ToIntegers(Vec a) {
 }
 #endif
 #endif
+JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddIntegers
+  return AddIntegers(sum, MultiplyPairs(a, b));
+}
 JADDER_INLINE Vec BothHalves(Vec a) {  // a pair of an integer and itself
   return (Vec)(((Mask)a & 0xffff) | ((Mask)a << 16));
 }
@@ -287,6 +304,17 @@ JADDER_INLINE void StoreHalves(int16_t* p, Vec a) {  // of integers that fit
 }
 
 #endif
+
+// AddProducts with a pair that lies in memory.
+JADDER_INLINE Vec AddBroadcastProducts(Vec sum, Vec a, const float* pair) {
+#if defined(__AVX512VNNI__)
+  // GCC moves the sum to another register and back.
+  asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*pair));
+  return sum;
+#else
+  return AddProducts(sum, a, Broadcast(*pair));
+#endif
+}
 
 // `a - b` on whichever unit is due.
 template <bool kOdd>

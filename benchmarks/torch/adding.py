@@ -30,8 +30,10 @@ def families() -> dict[str, Family]:
     """The twin, and the adders that are compared with it."""
     adder = get_family("adder")
     found = {"conv": get_family("conv"), "adder": adder}
-    if implementations()["cpu_fast"].available:
-        found["adder, cpu_fast"] = dataclasses.replace(adder, implementation="cpu_fast")
+    for name in ("cpu_fast", "cpu_int16"):
+        if implementations()[name].available:
+            implementation: Any = name
+            found[f"adder, {name}"] = dataclasses.replace(adder, implementation=implementation)
     return found
 
 

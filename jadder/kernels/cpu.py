@@ -7,7 +7,7 @@ dimensions; `unsupported` says what is not taken.
 
 On its own it uses the instruction set that the processor has, AVX-512 or AVX2 or the baseline; the
 environment variable ``JADDER_CPU_ISA=avx2`` or ``=baseline`` asks for a lower one. (``=avx512``
-keeps `jadder.integer` from AVX-512's multiplication of bytes, which nothing else uses.)
+keeps `jadder.integer` and "cpu_int16" from AVX-512's VNNI, which nothing else uses.)
 """
 
 import ctypes
