@@ -94,7 +94,11 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.about: dict[str, Any] = self._answer()
+        try:
+            self.about: dict[str, Any] = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def turn(self, program: str, seconds: float) -> list[float]:
         """Has it run one of its programs; the seconds of each call."""

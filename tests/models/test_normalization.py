@@ -60,6 +60,7 @@ def test_the_derivatives_of_batch_norm_are_those_of_the_formula(axis, mean, opti
         options = options | {"axis": axis, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
         found = []
         for norm in (BatchNorm(2, **options), nnx.BatchNorm(2, use_fast_variance=False, **options)):
+            norm.mean, norm.var = nnx.BatchStat(jnp.zeros(2)), nnx.BatchStat(jnp.ones(2))
             graph, parameters, rest = nnx.split(norm, nnx.Param, ...)
             parameters, rest = nnx.to_pure_dict(parameters), nnx.to_pure_dict(rest)
             parameters = jax.tree.map(lambda a: a + 0.5, parameters)
