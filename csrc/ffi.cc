@@ -294,13 +294,14 @@ ffi::Error MatmulDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffe
       });
 }
 
+template <bool kPairs>
 ffi::Error MatmulDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                         ffi::AnyBuffer g, FloatResult dw, double scale, double bound) {
   XlaPool pool(threads);
   return ForMatmuls<float, bfloat16>(
       {x, w, &g}, dw, Like::kW, [&](const MatmulShape& s, auto* x, auto* w, auto* g, float* dw) {
         const Clip clip(scale, bound);
-        MatmulDw(SelectKernels(), pool, s, clip.scale, clip.bound, x, w, g, dw);
+        MatmulDw(SelectKernels(), pool, s, clip.scale, clip.bound, kPairs, x, w, g, dw);
       });
 }
 
@@ -464,6 +465,7 @@ ffi::Error ConvDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
       });
 }
 
+template <bool kPairs>
 ffi::Error ConvDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                       ffi::AnyBuffer g, FloatResult dw, Sizes strides, Sizes padding,
                       Sizes lhs_dilation, Sizes rhs_dilation, int64_t groups, double scale,
@@ -473,7 +475,7 @@ ffi::Error ConvDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
       {x, w, &g}, dw, {strides, padding, lhs_dilation, rhs_dilation, groups}, Like::kW,
       [&](const ConvShape& s, auto* x, auto* w, auto* g, float* dw) {
         const Clip clip(scale, bound);
-        ConvDw(SelectKernels(), pool, s, clip.scale, clip.bound, x, w, g, dw);
+        ConvDw(SelectKernels(), pool, s, clip.scale, clip.bound, kPairs, x, w, g, dw);
       });
 }
 
@@ -522,7 +524,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul, jadder::MatmulImpl,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dx, jadder::MatmulDxImpl<false>,
                               jadder::WithClip(jadder::BindGradient()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dw, jadder::MatmulDwImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dw, jadder::MatmulDwImpl<false>,
                               jadder::WithClip(jadder::BindGradient()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv, jadder::ConvImpl,
@@ -531,7 +533,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv, jadder::ConvImpl,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dx, jadder::ConvDxImpl<false>,
                               jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dw, jadder::ConvDwImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dw, jadder::ConvDwImpl<false>,
                               jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_matmul, jadder::Int16MatmulImpl, jadder::BindY());
@@ -539,10 +541,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_matmul, jadder::Int16MatmulImpl, jadd
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_matmul_dx, jadder::MatmulDxImpl<true>,
                               jadder::WithClip(jadder::BindGradient()));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_matmul_dw, jadder::MatmulDwImpl<true>,
+                              jadder::WithClip(jadder::BindGradient()));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_conv, jadder::Int16ConvImpl,
                               jadder::WithWindow(jadder::BindY()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_conv_dx, jadder::ConvDxImpl<true>,
+                              jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_conv_dw, jadder::ConvDwImpl<true>,
                               jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_matmul, jadder::IntegerMatmulImpl,

@@ -151,7 +151,8 @@ JADDER_INLINE void ForEachChunk(const Run& run, Visit visit) {
 }
 
 JADDER_INLINE Vec BroadcastPair(int16_t value) {
-  return BothHalves(ToIntegers(Broadcast(value)));
+  const Vec integer = ToIntegers(Broadcast(value));
+  return PairOf(integer, integer);
 }
 
 template <int kRows, int kVectors>
@@ -216,7 +217,7 @@ void PairClipTile(const Tile& tile) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     const Vec x = ToIntegers(Load(tile.targets + tile.target_offsets[r]) * inverse);
-    const Vec both = BothHalves(x);
+    const Vec both = PairOf(x, x);
     low[r] = SubPairs(both, bound);
     high[r] = AddPairs(both, bound);
     total[r] = ToFloats(x) * Broadcast(-tile.row_sums[r]);
@@ -340,6 +341,31 @@ void ProductOuterTile(const OuterTile& tile) {
   StoreOuter(tile, sum);
 }
 
+template <int kRows, int kVectors>
+void PairOuterTile(const OuterTile& tile) {
+  Vec sum[kRows][kVectors] = {};
+  for (int64_t p = 0; p < tile.positions; ++p) {
+    const float* x = tile.x[p] + tile.x_offset;
+    const float* g = tile.g + tile.g_offsets[p];
+    Vec lane[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) lane[v] = Load(g + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = Broadcast(x[r]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = AddProducts(sum[r][v], value, lane[v]);
+    }
+  }
+  const Vec step = Broadcast(tile.step);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = ToFloats(sum[r][v]) * step;
+  }
+  StoreOuter(tile, sum);
+}
+
 template <class Term, bool kLanewise, int kRows>
 JADDER_INLINE void BoundedOuterTile(const OuterTile& tile) {
   const Vec one = OpaqueOne(), bound = Broadcast(tile.bound);
@@ -409,6 +435,10 @@ template <bool kLanewise, int kVectors, int... kLess>
 constexpr OuterTiles ProductOuterTiles(std::integer_sequence<int, kLess...>) {
   return {{ProductOuterTile<kLanewise, kLess + 1, kVectors>...}};
 }
+template <int kVectors, int... kLess>
+constexpr OuterTiles PairOuterTiles(std::integer_sequence<int, kLess...>) {
+  return {{PairOuterTile<kLess + 1, kVectors>...}};
+}
 template <class Term, class ExactTerm, bool kLanewise, int... kLess>
 constexpr OuterTiles BoundedOuterTiles(std::integer_sequence<int, kLess...>) {
   return {{CheckedOuterTile<Term, ExactTerm, kLanewise, kLess + 1>...}};
@@ -428,6 +458,8 @@ constexpr Tiles kClips = GradientTiles<ClipTerm, ExactClipTerm, false>(GradientS
 constexpr Tiles kSigns = GradientTiles<SignTerm, ExactSignTerm, false>(GradientSizes{});
 constexpr OuterTiles kOuter1 = ProductOuterTiles<false, 1>(ForwardSizes{});
 constexpr OuterTiles kOuter2 = ProductOuterTiles<false, 2>(ForwardSizes{});
+constexpr OuterTiles kPairOuter1 = PairOuterTiles<1>(ForwardSizes{});
+constexpr OuterTiles kPairOuter2 = PairOuterTiles<2>(ForwardSizes{});
 constexpr OuterTiles kOuterClips =
     BoundedOuterTiles<ClipTerm, ExactClipTerm, false>(GradientSizes{});
 constexpr OuterTiles kOuterSigns =
@@ -457,6 +489,7 @@ void RunProduct(Product product, int rows, int vectors, const Tile& tile) {
     case Product::kPairClip:
       return kPairClips.at[rows - 1](tile);
     case Product::kOuter:
+    case Product::kPairOuter:
       break;
   }
 }
@@ -533,6 +566,8 @@ void RunOuter(Product product, int rows, int vectors, const OuterTile& tile) {
   switch (product) {
     case Product::kOuter:
       return (vectors == 1 ? kOuter1 : kOuter2).at[rows - 1](tile);
+    case Product::kPairOuter:
+      return (vectors == 1 ? kPairOuter1 : kPairOuter2).at[rows - 1](tile);
     case Product::kClip:
       return kOuterClips.at[rows - 1](tile);
     case Product::kSign:
@@ -611,11 +646,32 @@ void RoundToGrid(const float* values, int64_t count, float scale, float low, flo
   for (int64_t j = 0; i + j < count; ++j) to[i + j] = last[j];
 }
 
+void PairUp(const float* low, const float* high, int64_t count, float scale, float* to) {
+  const Vec factor = Broadcast(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec second = high == nullptr ? Broadcast(0) : Load(high + i);
+    Store(to + i, PairOf(ToIntegers(Load(low + i) * factor), ToIntegers(second * factor)));
+  }
+  if (i == count) return;
+  float last[kLanes];
+  const Vec second = high == nullptr ? Broadcast(0) : LoadFirst(high + i, count - i);
+  Store(last, PairOf(ToIntegers(LoadFirst(low + i, count - i) * factor),
+                     ToIntegers(second * factor)));
+  __builtin_memcpy(to + i, last, (count - i) * sizeof(float));
+}
+
+#if defined(__AVX512VNNI__)
+inline constexpr bool kAddsProducts = true;
+#else
+inline constexpr bool kAddsProducts = false;
+#endif
+
 }  // namespace
 
 const Kernels kKernels = {
     JADDER_NAME(JADDER_ISA), kLanes, kForwardRows, kForwardVectors, kGradientRows, kPairClipRows,
-    RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter, RunLanewiseOuter, AddRows,
-    WidenRange, RoundToGrid};
+    kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter, RunLanewiseOuter, AddRows,
+    WidenRange, RoundToGrid, PairUp};
 
 }  // namespace jadder::JADDER_ISA

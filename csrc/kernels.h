@@ -28,13 +28,16 @@ enum class Product {
   kOuter, // Σ x g, over positions
   kPairMax,   // kMax of 16-bit integers, see below
   kPairClip,  // kClip of 16-bit integers
+  kPairOuter, // kOuter of 16-bit integers
 };
 
 // In the products of pairs, what is typed as a float of `rows` and `panel` is two terms, integers of
 // 16 bits: instructions take twice as many of them as of floats. Code that copies operands moves
 // their bits. Integers are multiples of a step, and small enough (see grid.h) for sums of
-// kChunkTerms to fit: in 16 bits from `start` on for kPairMax, in 32 bits for kPairClip.
+// kChunkTerms to fit: in 16 bits from `start` on for kPairMax, in 32 bits for kPairClip. In the outer
+// product the two terms are positions, and the sums of kChunkPositions fit in 32 bits.
 inline constexpr int kChunkTerms = 32;
+inline constexpr int kChunkPositions = 128;
 
 // One register tile of a product: for each row r and lane of the panel
 //
@@ -85,6 +88,7 @@ struct OuterTile {
   const float* targets;
   float bound;       // kClip
   bool x_is_finite;  // kClip, kSign: whether NaN can come from w alone
+  float step;        // kPairOuter: of x times that of g
 };
 
 // Tiles come in two kinds. In most, a term of a row is one float, which meets every lane of the
@@ -97,12 +101,13 @@ struct Kernels {
   int forward_vectors;  // most vectors in a row of its panel
   int gradient_rows;    // most rows of a tile of kClip and kSign, whose panels are one vector wide
   int pair_clip_rows;   // most rows of a tile of kPairClip, whose panels are too
+  bool adds_products;   // in one instruction, without which kPairOuter is no quicker than kOuter
 
   void (*product)(Product product, int rows, int vectors, const Tile& tile);
   void (*lanewise_product)(Product product, int rows, const Tile& tile);  // not kMax
   void (*row_sums)(const Tile& tile, int rows, float* sums);
   void (*pair_sums)(const Tile& tile, int rows, float* sums);
-  // `vectors` may be more than one for kOuter only.
+  // `vectors` may be more than one for kOuter and kPairOuter only.
   void (*outer)(Product product, int rows, int vectors, const OuterTile& tile);
   void (*lanewise_outer)(Product product, int rows, const OuterTile& tile);
   // Adds `width` floats, a multiple of `lanes`, at each of the offsets to `sums`.
@@ -113,6 +118,8 @@ struct Kernels {
   // The nearest integers to scale · clip(value, low, high), which fit.
   void (*round_to_grid)(const float* values, int64_t count, float scale, float low, float high,
                         int16_t* to);
+  // Pairs of round(scale · low[i]) and round(scale · high[i]), or of zeros where there is no `high`.
+  void (*pair_up)(const float* low, const float* high, int64_t count, float scale, float* to);
 };
 
 namespace avx512vnni {

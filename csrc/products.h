@@ -27,10 +27,10 @@ void MatmulDx(const Kernels& kernels, Pool& pool, const MatmulShape& shape, cons
               bool pairs, const T* x, const T* w, const T* g, float* dx);
 
 // dw (batch, depth, columns), one for each matrix also where they share w. ψ(d) = clip(scale · d,
-// -bound, bound), and bound = inf is the full-precision rule.
+// -bound, bound), and bound = inf is the full-precision rule, for which `pairs` allows kPairOuter.
 template <typename T>
 void MatmulDw(const Kernels& kernels, Pool& pool, const MatmulShape& shape, double scale,
-              double bound, const T* x, const T* w, const T* g, float* dw);
+              double bound, bool pairs, const T* x, const T* w, const T* g, float* dw);
 
 // y (batch, *out, filters) of x (batch, *in, channels) and w (*window, channels / groups, filters)
 // in two spatial dimensions. out[d] is what the other sizes make it.
@@ -52,6 +52,6 @@ void ConvDx(const Kernels& kernels, Pool& pool, const ConvShape& shape, const Fo
 // dw (*window, channels / groups, filters).
 template <typename T>
 void ConvDw(const Kernels& kernels, Pool& pool, const ConvShape& shape, double scale, double bound,
-            const T* x, const T* w, const T* g, float* dw);
+            bool pairs, const T* x, const T* w, const T* g, float* dw);
 
 }  // namespace jadder

@@ -93,16 +93,17 @@ JADDER_INLINE Vec MultiplyPairs(Vec a, Vec b) {  // the sum of both products, in
 JADDER_INLINE Vec AddIntegers(Vec a, Vec b) { return FromBits(_mm512_add_epi32(Bits(a), Bits(b))); }
 JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddIntegers
 #if defined(__AVX512VNNI__)
-  return FromBits(_mm512_dpwssd_epi32(Bits(sum), Bits(a), Bits(b)));
+  // With the intrinsic, GCC moves the sum to another register and back.
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
 #else
   return AddIntegers(sum, MultiplyPairs(a, b));
 #endif
 }
 JADDER_INLINE Vec ToFloats(Vec a) { return _mm512_cvtepi32_ps(Bits(a)); }
 JADDER_INLINE Vec ToIntegers(Vec a) { return FromBits(_mm512_cvtps_epi32(a)); }
-JADDER_INLINE Vec BothHalves(Vec a) {  // a pair of an integer and itself
-  const __m512i low = _mm512_and_si512(Bits(a), _mm512_set1_epi32(0xffff));
-  return FromBits(_mm512_or_si512(low, _mm512_slli_epi32(Bits(a), 16)));
+JADDER_INLINE Vec PairOf(Vec low, Vec high) {  // of integers that fit
+  return FromBits(_mm512_mask_mov_epi16(Bits(low), 0xaaaaaaaa, _mm512_slli_epi32(Bits(high), 16)));
 }
 JADDER_INLINE void StoreHalves(int16_t* p, Vec a) {  // of integers that fit
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(Bits(a)));
@@ -173,9 +174,8 @@ JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddI
 }
 JADDER_INLINE Vec ToFloats(Vec a) { return _mm256_cvtepi32_ps(Bits(a)); }
 JADDER_INLINE Vec ToIntegers(Vec a) { return FromBits(_mm256_cvtps_epi32(a)); }
-JADDER_INLINE Vec BothHalves(Vec a) {  // a pair of an integer and itself
-  const __m256i low = _mm256_and_si256(Bits(a), _mm256_set1_epi32(0xffff));
-  return FromBits(_mm256_or_si256(low, _mm256_slli_epi32(Bits(a), 16)));
+JADDER_INLINE Vec PairOf(Vec low, Vec high) {  // of integers that fit
+  return FromBits(_mm256_blend_epi16(Bits(low), _mm256_slli_epi32(Bits(high), 16), 0xaa));
 }
 JADDER_INLINE void StoreHalves(int16_t* p, Vec a) {  // of integers that fit
   const __m128i low = _mm256_castsi256_si128(Bits(a)), high = _mm256_extractf128_si256(Bits(a), 1);
@@ -296,8 +296,8 @@ JADDER_INLINE Vec ToIntegers(Vec a) {
 JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddIntegers
   return AddIntegers(sum, MultiplyPairs(a, b));
 }
-JADDER_INLINE Vec BothHalves(Vec a) {  // a pair of an integer and itself
-  return (Vec)(((Mask)a & 0xffff) | ((Mask)a << 16));
+JADDER_INLINE Vec PairOf(Vec low, Vec high) {  // of integers that fit
+  return (Vec)(((Mask)low & 0xffff) | ((Mask)high << 16));
 }
 JADDER_INLINE void StoreHalves(int16_t* p, Vec a) {  // of integers that fit
   for (int i = 0; i < 4; ++i) p[i] = static_cast<int16_t>(((Mask)a)[i]);
@@ -308,7 +308,6 @@ JADDER_INLINE void StoreHalves(int16_t* p, Vec a) {  // of integers that fit
 // AddProducts with a pair that lies in memory.
 JADDER_INLINE Vec AddBroadcastProducts(Vec sum, Vec a, const float* pair) {
 #if defined(__AVX512VNNI__)
-  // GCC moves the sum to another register and back.
   asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*pair));
   return sum;
 #else

@@ -42,8 +42,10 @@ TARGETS = (
     "conv_dw",
     "int16_matmul",
     "int16_matmul_dx",
+    "int16_matmul_dw",
     "int16_conv",
     "int16_conv_dx",
+    "int16_conv_dw",
     "integer_matmul",
     "integer_conv",
 )
@@ -103,7 +105,7 @@ class CpuKernels:
         """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
         if clip.is_linear:
             return linear.matmul_dx(x, w, g, clip, out_dtype=out_dtype, precision=precision)
-        return self._dx("matmul_dx", x.shape, out_dtype, (x, w, g), **_clip(clip))
+        return self._gradient("matmul_dx", x.shape, out_dtype, (x, w, g), **_clip(clip))
 
     def matmul_dw(
         self,
@@ -117,7 +119,7 @@ class CpuKernels:
     ) -> Array:
         """dw[b, k, n] = Σ_m ψ(x[b, m, k] - w[b, k, n]) g[b, m, n], in float32 at least."""
         del precision
-        return _call("matmul_dw", w.shape, out_dtype, (x, w, g), **_clip(clip))
+        return self._gradient("matmul_dw", w.shape, out_dtype, (x, w, g), **_clip(clip))
 
     def conv(self, x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
         """y[b, o, f] = -Σ_{tap, c} |x[b, position(o, tap), c] - w[tap, c, f]|, zeros included."""
@@ -145,7 +147,7 @@ class CpuKernels:
             return linear.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
         operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
         shape = operands[0].shape
-        dx = self._dx("conv_dx", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
+        dx = self._gradient("conv_dx", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
         return dx.reshape(x.shape)
 
     def conv_dw(
@@ -163,7 +165,7 @@ class CpuKernels:
         del precision
         operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
         shape = operands[1].shape
-        dw = _call("conv_dw", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
+        dw = self._gradient("conv_dw", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
         return dw.reshape(w.shape)
 
     def _forward(
@@ -179,7 +181,7 @@ class CpuKernels:
         fast = np.bool_(self.form == "fast")
         return _call(target, shape, out_dtype, operands, **attributes, fast=fast)
 
-    def _dx(
+    def _gradient(
         self,
         target: str,
         shape: Sequence[int],

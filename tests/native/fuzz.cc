@@ -110,6 +110,12 @@ double ClipRounding(int64_t terms, const Psi& psi, const Doubles& x, const Doubl
   return static_cast<double>(terms) * psi.scale * rounding;
 }
 
+double OuterRounding(int64_t terms, const Psi& psi, const Doubles& x, const Doubles& g) {
+  if (!std::isinf(psi.bound)) return 0;
+  const double largest = Largest(x) * Largest(g);
+  return static_cast<double>(terms) * psi.scale * largest * (0.5 / 2047 + 0.5 / 4095 + 1e-6);
+}
+
 MatmulShape RandomMatmul(Random& random) {
   MatmulShape s = {random.From(0, 3), random.From(0, 70), random.From(0, 40), random.From(0, 70),
                    1};
@@ -176,8 +182,12 @@ void TryMatmul(const Kernels& kernels, Pool& pool, Random& random) {
   Check("int16 dx", out, expected.dx, 1e-4,
         ClipRounding(s.columns, psi, x.value, g.value));
   out = Unset(expected.dw.size());
-  MatmulDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, x_data, w_data, g_data, out.data());
+  MatmulDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, false, x_data, w_data, g_data,
+              out.data());
   Check("dw", out, expected.dw, 1e-4);
+  out = Unset(expected.dw.size());
+  MatmulDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, true, x_data, w_data, g_data, out.data());
+  Check("int16 dw", out, expected.dw, 1e-4, OuterRounding(s.rows, psi_w, x.value, g.value));
 }
 
 ConvShape RandomConv(Random& random) {
@@ -271,8 +281,13 @@ void TryConv(const Kernels& kernels, Pool& pool, Random& random) {
   Check("int16 conv dx", out, expected.dx,
         1e-4, ClipRounding(taps * s.filters / s.groups, psi, x.value, g.value));
   out = Unset(expected.dw.size());
-  ConvDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, x_data, w_data, g_data, out.data());
+  ConvDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, false, x_data, w_data, g_data, out.data());
   Check("conv dw", out, expected.dw, 1e-4);
+  out = Unset(expected.dw.size());
+  ConvDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, true, x_data, w_data, g_data, out.data());
+  const int64_t positions = s.batch * s.out[0] * s.out[1];
+  Check("int16 conv dw", out, expected.dw, 1e-4,
+        OuterRounding(positions, psi_w, x.value, g.value));
 }
 
 }  // namespace
