@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--json: there is no folder {Path(args.json).parent}")
 
     forms: dict[str, Family] = {"conv": get_family("conv"), "xla": adder("xla"), "adder": adder()}
-    if implementations()["cpu_fast"].available:
-        forms["cpu_fast"] = adder("cpu_fast")
+    if implementations()["cpu"].available:
+        forms |= {"cpu_fast": adder("cpu_fast"), "cpu_int16": adder("cpu_int16")}
     print(f"{args.model}, batch {args.batch}, jax {jax.__version__}, {jax.devices()[0]}")
     runs, rows = {}, {}
     for name, family in forms.items():

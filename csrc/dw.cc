@@ -134,9 +134,12 @@ struct PairedPositions {
     if (stride < 0 || 24 * size > from.count * outer.depth * columns) return false;
     Range x, gradient;
     x.finite = kernels.widen_range(begin, size, &x.low, &x.high);
-    for (int64_t i = 0; i < from.count; ++i) {
-      gradient.finite &= kernels.widen_range(g_rows + g_offset[i] + first, columns, &gradient.low,
-                                             &gradient.high);
+    for (int64_t i = 0, next; i < from.count; i = next) {  // rows that lie one after another
+      for (next = i + 1; next < from.count; ++next) {
+        if (g_offset[next] - g_offset[next - 1] != columns) break;
+      }
+      gradient.finite &= kernels.widen_range(g_rows + g_offset[i] + first, (next - i) * columns,
+                                             &gradient.low, &gradient.high);
     }
     const float x_scale = kSteps / x.largest(), g_scale = kGradientSteps / gradient.largest();
     step = 1 / x_scale / g_scale;

@@ -352,6 +352,10 @@ void PairOuterTile(const OuterTile& tile) {
     for (int v = 0; v < kVectors; ++v) lane[v] = Load(g + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
+      if (kVectors == 1) {
+        sum[r][0] = AddBroadcastProducts(sum[r][0], lane[0], x + r);
+        continue;
+      }
       const Vec value = Broadcast(x[r]);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) sum[r][v] = AddProducts(sum[r][v], value, lane[v]);

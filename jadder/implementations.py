@@ -17,7 +17,9 @@ from jadder.kernels.partitioned import Partitioned
 from jadder.kernels.spec import ConvSpec
 from jadder.warning import AdderWarning
 
-Implementation = Literal["xla", "cpu", "cpu_fast", "cpu_int16", "mosaic_gpu", "mosaic_tpu", "reference"]
+Implementation = Literal[
+    "xla", "cpu", "cpu_fast", "cpu_int16", "mosaic_gpu", "mosaic_tpu", "reference"
+]
 
 
 def _on_many_devices(kernels: Kernels) -> Kernels:
@@ -72,9 +74,7 @@ def implementations() -> dict[str, Availability]:
         code = f"native code for the CPU ({cpu.instruction_set()}): floats in float32, and bytes"
         native = Availability(True, code)
         fast = Availability(True, f"{code}; forward products a third quicker, less exact")
-        int16 = Availability(
-            True, f"{code}; forward products and ∂x in 16 bits, twice as quick"
-        )
+        int16 = Availability(True, f"{code}; products and gradients of 16-bit integers, less exact")
     gpu, tpu = (_mosaic(name).unavailable() for name in ("mosaic_gpu", "mosaic_tpu"))
     return {
         "cpu": native,

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from benchmarks.torch import __main__ as command
 from benchmarks.torch import adding, multiplying, networks

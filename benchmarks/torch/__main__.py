@@ -11,14 +11,13 @@ a process of its own; so does JAX, the adder networks and the multiplying twin. 
 processors that this process may use, and only one of them runs at a time: in each round every
 program has a turn of some calls, of which the first is not timed. Both processes have memory in
 huge pages (glibc's tunable) unless --small-pages. A figure is the minimum over all calls, and the
-median in brackets; ratios are to PyTorch's eager program, or to the faster of the two with "best".
+median in brackets; ratios are to PyTorch's eager program, and to the faster of its two.
 """
 
 import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,4 +115,4 @@ def summary(times: Mapping[tuple[str, str], Sequence[float]]) -> list[dict[str, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -39,7 +39,7 @@ def make(workload: Workload, program: str, *, compiled: bool) -> Call:
     """A program that is ready to be called; what it computes goes nowhere."""
     torch.manual_seed(0)
     network = networks.create(workload.network, workload.size)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)
     images = torch.randn(workload.batch, 3, workload.size, workload.size)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.arange(workload.batch) % 10

@@ -11,7 +11,7 @@ from torch.nn import functional
 from jadder.models.vit import sincos_position_embedding
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(nn.Module):  # type: ignore[misc]
     """Two 3 x 3 convolutions, the first with the stride, and the shortcut around them."""
 
     def __init__(self, in_features: int, features: int, stride: int) -> None:
@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
         return functional.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet(nn.Module):
+class ResNet(nn.Module):  # type: ignore[misc]
     """`jadder.models.ResNet`: images (batch, 3, height, width) to logits."""
 
     def __init__(self, stage_sizes: tuple[int, ...], width: int, num_classes: int) -> None:
@@ -63,7 +63,7 @@ class ResNet(nn.Module):
         return logits
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # type: ignore[misc]
     """Four heads of dot products; tokens (batch, tokens, features) to the same."""
 
     def __init__(self, features: int, heads: int) -> None:
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # type: ignore[misc]
     """Layer norm and attention, then layer norm and MLP, each added to its input."""
 
     def __init__(self, features: int, heads: int) -> None:
@@ -98,7 +98,7 @@ class Block(nn.Module):
         return out
 
 
-class SimpleViT(nn.Module):
+class SimpleViT(nn.Module):  # type: ignore[misc]
     """`jadder.models.AdderViT` at its sizes: images (batch, 3, height, width) to logits."""
 
     def __init__(self, size: int, features: int = 128, depth: int = 4, patch: int = 4) -> None:

@@ -75,12 +75,15 @@ class CpuKernels:
     * "exact": in float32, as written.
     * "fast": forward products as Σ_k x + Σ_k w - 2 Σ_k max(x, w): a third quicker, and inexact by
       rounding errors of Σ|x| + Σ|w| rather than of Σ|x - w|.
-    * "int16": x, w and g rounded to integers of 16 bits, and exact sums of those. For y, x and w
-      are multiples of (max x - min x) / 2046, zero counting among the values of x; for dx, they are
-      multiples of at most (max|x| + limit) / 3900, where limit = clip.bound / clip.scale, and g of
-      max|g| / 8191. What of w lies outside of what x reaches is not rounded but cut off, and added
-      again. dw, and what has no such grid (values that are not finite, limit = 0, max|x| > 126
-      limit), is "exact".
+    * "int16": of operands rounded to multiples of a step, 16-bit integers, whose sums are exact.
+      For y, x and w have the step (max x - min x) / 2046, zero counting among the values of x. For
+      dx, where ψ has a limit = clip.bound / clip.scale, theirs is at most (max|x| + limit) / 3900
+      and that of g max|g| / 8191. What of w lies beyond the values of x, or beyond the limit from
+      them, is not rounded but cut off, and counted apart. For dw with ψ(d) = scale · d, on
+      processors with AVX-512's VNNI, x has the step max|x| / 2047 and g max|g| / 4095, both over
+      256 positions or fewer. Anything else is "exact": values that are not finite, bfloat16
+      gradients, steps that floats do not hold, max|x| > 126 limit, groups narrower than a vector,
+      input dilation.
     """
 
     form: Literal["exact", "fast", "int16"] = "exact"

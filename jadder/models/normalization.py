@@ -127,12 +127,13 @@ class BatchNorm(nnx.BatchNorm):
 
     def _standardized(self, x: Array, count: Array | int) -> Array:
         """What Flax computes in training, with less work for its derivative."""
-        parameters = [None if p is None else p[...] for p in (self.scale, self.bias)]
-        x, old_mean, old_var, scale, bias = self.promote_dtype(
-            (x, self.mean[...], self.var[...], *parameters), dtype=self.dtype
-        )
-        scale = jnp.ones_like(old_mean) if scale is None else scale
-        bias = jnp.zeros_like(old_mean) if bias is None else bias
+        given: list[Any] = [
+            x if parameter is None else parameter[...]
+            for parameter in (self.mean, self.var, self.scale, self.bias)
+        ]
+        x, old_mean, old_var, scale, bias = self.promote_dtype((x, *given), dtype=self.dtype)
+        scale = scale if self.use_scale else jnp.ones_like(old_mean)
+        bias = bias if self.use_bias else jnp.zeros_like(old_mean)
         y, mean, var = standardize(x, scale, bias, self.axis, self.epsilon)
         unbiased = var * (count / (count - 1))
         for statistic, old, new in ((self.mean, old_mean, mean), (self.var, old_var, unbiased)):
