@@ -371,6 +371,11 @@ ConvShape OfPairedFilters(ConvShape s) {
   return s;
 }
 
+double CountTerms(const ConvShape& s) {
+  return double(s.batch) * double(s.out[0] * s.out[1]) * double(s.filters) *
+         double(s.window[0] * s.window[1] * (s.channels / s.groups));
+}
+
 // Computes y in pairs and returns true, or finds no grid for the values.
 template <typename T>
 bool ConvInPairs(const Kernels& kernels, Pool& pool, const ConvShape& s, const T* x, const T* w,
@@ -380,6 +385,7 @@ bool ConvInPairs(const Kernels& kernels, Pool& pool, const ConvShape& s, const T
   // Dilated inputs have taps that meet zeros alone, whose sums are taken apart.
   if (lanewise || s.lhs_dilation[0] > 1 || s.lhs_dilation[1] > 1) return false;
   const int64_t pixels = s.batch * s.in[0] * s.in[1];
+  if (!RepaysRounding(CountTerms(s), pixels * s.channels)) return false;
   const Grid grid = Grid::ForMax(FindRange(kernels, pool, x, pixels * s.channels));
   if (!grid.fits || !FindRange(kernels, pool, w, taps * terms * s.filters).finite) return false;
   const Pairs x_pairs(kernels, pool, grid, x, pixels * s.groups, terms);
@@ -397,7 +403,9 @@ bool ConvDxInPairs(const Kernels& kernels, Pool& pool, const ConvShape& s, Form 
   const int64_t terms = s.filters / s.groups, lanes = s.channels / s.groups;
   if (s.groups > 1 && lanes < kernels.lanes) return false;
   const int64_t taps = s.window[0] * s.window[1], pixels = s.batch * s.out[0] * s.out[1];
-  const Range range = FindRange(kernels, pool, x, s.batch * s.in[0] * s.in[1] * s.channels);
+  const int64_t size = s.batch * s.in[0] * s.in[1] * s.channels;
+  if (!RepaysRounding(CountTerms(s), size + pixels * s.filters)) return false;
+  const Range range = FindRange(kernels, pool, x, size);
   form.grid = Grid::ForClip(range, form.limit);
   const Grid rows = Grid::ForGradient(FindRange(kernels, pool, g, pixels * s.filters));
   if (!form.grid.fits || !rows.fits) return false;

@@ -76,6 +76,9 @@ class PairRows {
   std::vector<float> excess_;
 };
 
+// Whether so many terms repay finding the range of so many values and rounding them.
+inline bool RepaysRounding(double terms, double values) { return terms >= 24 * values; }
+
 inline int64_t PairCount(int64_t terms) { return (terms + 1) / 2; }
 
 }  // namespace jadder

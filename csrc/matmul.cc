@@ -121,6 +121,7 @@ template <typename T>
 bool MatmulInPairs(const Kernels& kernels, Pool& pool, MatmulShape s, const T* x, const T* w,
                    float* y) {
   const int64_t rows = s.batch * s.rows, terms = s.depth;
+  if (!RepaysRounding(s.columns, 1)) return false;
   Form form = {Product::kPairMax};
   form.grid = Grid::ForMax(FindRange(kernels, pool, x, rows * terms));
   if (!form.grid.fits) return false;
@@ -145,6 +146,7 @@ bool MatmulInPairs(const Kernels& kernels, Pool& pool, MatmulShape s, const T* x
 bool MatmulDxInPairs(const Kernels& kernels, Pool& pool, MatmulShape s, Form form, const float* x,
                      const float* w, const float* g, float* dx) {
   const int64_t rows = s.batch * s.rows, terms = s.columns;
+  if (!RepaysRounding(double(s.depth) * double(terms), s.depth + terms)) return false;
   const Range range = FindRange(kernels, pool, x, rows * s.depth);
   form.grid = Grid::ForClip(range, form.limit);
   const Grid row_grid = Grid::ForGradient(FindRange(kernels, pool, g, rows * terms));

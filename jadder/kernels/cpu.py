@@ -83,7 +83,7 @@ class CpuKernels:
       processors with AVX-512's VNNI, x has the step max|x| / 2047 and g max|g| / 4095, both over
       256 positions or fewer. Anything else is "exact": values that are not finite, bfloat16
       gradients, steps that floats do not hold, max|x| > 126 limit, groups narrower than a vector,
-      input dilation.
+      input dilation, and products that take too few terms of a value to repay its rounding.
     """
 
     form: Literal["exact", "fast", "int16"] = "exact"
