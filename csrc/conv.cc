@@ -389,7 +389,7 @@ bool ConvInPairs(const Kernels& kernels, Pool& pool, const ConvShape& s, const T
   const Grid grid = Grid::ForMax(FindRange(kernels, pool, x, pixels * s.channels));
   if (!grid.fits || !FindRange(kernels, pool, w, taps * terms * s.filters).finite) return false;
   const Pairs x_pairs(kernels, pool, grid, x, pixels * s.groups, terms);
-  const PairRows w_pairs(grid, w, taps, terms, s.filters);
+  const PairRows w_pairs(kernels, pool, grid, w, taps, terms, s.filters);
   Form form = {Product::kPairMax};
   form.grid = grid;
   RunForward<float>(kernels, pool, OfPairedChannels(s), form, x_pairs.data(), w_pairs.data(),

@@ -40,9 +40,14 @@ void ForEachBlock(Pool& pool, int64_t count, int64_t block,
 // Whether floats hold 1 / step and what is computed with it.
 bool IsUsable(float step) { return step == 0 || (step > 1e-30f && step < 1e30f); }
 
-int16_t Round(float value, const Grid& grid) {
-  const float clipped = std::min(std::max(value, grid.low), grid.high);
-  return static_cast<int16_t>(std::nearbyint(clipped * grid.inverse()));
+// Values within the grid's range, and what that takes from them added to `excess`.
+template <typename T>
+void CutOff(const T* values, int64_t count, const Grid& grid, float* within, float* excess) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = ToFloat(values[i]);
+    within[i] = std::min(std::max(value, grid.low), grid.high);
+    excess[i] += std::fabs(value - within[i]);
+  }
 }
 
 }  // namespace
@@ -124,22 +129,27 @@ Pairs::Pairs(const Kernels& kernels, Pool& pool, const Grid& grid, const T* valu
 }
 
 template <typename T>
-PairRows::PairRows(const Grid& grid, const T* values, int64_t groups, int64_t terms,
-                   int64_t columns)
+PairRows::PairRows(const Kernels& kernels, Pool& pool, const Grid& grid, const T* values,
+                   int64_t groups, int64_t terms, int64_t columns)
     : excess_(columns) {
   const int64_t pairs = PairCount(terms);
-  pairs_.Resize(CheckedProduct(CheckedProduct(groups, pairs), 2 * columns));
-  for (int64_t group = 0; group < groups; ++group) {
-    int16_t* to = pairs_.data() + group * pairs * 2 * columns;
-    for (int64_t term = 0; term < 2 * pairs; ++term) {
-      int16_t* row = to + term / 2 * 2 * columns + term % 2;
-      const T* from = values + (group * terms + term) * columns;
-      for (int64_t c = 0; c < columns; ++c) {
-        const float value = term < terms ? ToFloat(from[c]) : 0;
-        row[2 * c] = Round(value, grid);
-        excess_[c] += std::max(value - grid.high, 0.0f) + std::max(grid.low - value, 0.0f);
+  pairs_.Resize(CheckedProduct(CheckedProduct(groups, pairs), columns));
+  std::vector<float> cut(groups * columns);
+  ParallelFor(pool, groups, [&](int64_t group) {
+    float* excess = cut.data() + group * columns;
+    float* row = ThreadBuffer<PairRows>(2 * columns);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t count = std::min<int64_t>(2, terms - 2 * pair);
+      const T* from = values + (group * terms + 2 * pair) * columns;
+      for (int64_t i = 0; i < count; ++i) {
+        CutOff(from + i * columns, columns, grid, row + i * columns, excess);
       }
+      kernels.pair_up(row, count == 2 ? row + columns : nullptr, columns, grid.inverse(),
+                      pairs_.data() + (group * pairs + pair) * columns);
     }
+  });
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t c = 0; c < columns; ++c) excess_[c] += cut[group * columns + c];
   }
 }
 
@@ -147,7 +157,9 @@ template Range FindRange(const Kernels&, Pool&, const float*, int64_t);
 template Range FindRange(const Kernels&, Pool&, const bfloat16*, int64_t);
 template Pairs::Pairs(const Kernels&, Pool&, const Grid&, const float*, int64_t, int64_t);
 template Pairs::Pairs(const Kernels&, Pool&, const Grid&, const bfloat16*, int64_t, int64_t);
-template PairRows::PairRows(const Grid&, const float*, int64_t, int64_t, int64_t);
-template PairRows::PairRows(const Grid&, const bfloat16*, int64_t, int64_t, int64_t);
+template PairRows::PairRows(const Kernels&, Pool&, const Grid&, const float*, int64_t, int64_t,
+                            int64_t);
+template PairRows::PairRows(const Kernels&, Pool&, const Grid&, const bfloat16*, int64_t, int64_t,
+                            int64_t);
 
 }  // namespace jadder

@@ -65,14 +65,15 @@ class Pairs {
 class PairRows {
  public:
   template <typename T>
-  PairRows(const Grid& grid, const T* values, int64_t groups, int64_t terms, int64_t columns);
+  PairRows(const Kernels& kernels, Pool& pool, const Grid& grid, const T* values, int64_t groups,
+           int64_t terms, int64_t columns);
 
-  const float* data() const { return reinterpret_cast<const float*>(pairs_.data()); }
+  const float* data() const { return pairs_.data(); }
   // Σ over all groups and terms of what the grid cuts off, for each column.
   const std::vector<float>& excess() const { return excess_; }
 
  private:
-  Buffer<int16_t> pairs_;
+  Buffer<float> pairs_;
   std::vector<float> excess_;
 };
 

@@ -132,7 +132,7 @@ bool MatmulInPairs(const Kernels& kernels, Pool& pool, MatmulShape s, const T* x
   Buffer<float> w_pairs(CheckedProduct(s.w_batch, size));
   std::vector<float> excess;
   for (int64_t i = 0; i < s.w_batch; ++i) {
-    const PairRows matrix(form.grid, w + i * terms * s.columns, 1, terms, s.columns);
+    const PairRows matrix(kernels, pool, form.grid, w + i * terms * s.columns, 1, terms, s.columns);
     std::memcpy(w_pairs.data() + i * size, matrix.data(), size * sizeof(float));
     excess.insert(excess.end(), matrix.excess().begin(), matrix.excess().end());
   }
