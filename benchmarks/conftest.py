@@ -2,6 +2,12 @@
 
 import importlib.util
 
-_MISSING = any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime"))
 
-collect_ignore = ["integer.py", "onnx_twin.py"] if _MISSING else []
+def _missing(*names: str) -> bool:
+    return any(importlib.util.find_spec(name) is None for name in names)
+
+
+collect_ignore = [
+    *(["integer.py", "onnx_twin.py"] if _missing("onnx", "onnxruntime") else []),
+    *(["torch"] if _missing("torch") else []),
+]

@@ -19,7 +19,6 @@ from the minimum over all rounds, and the median in brackets.
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -34,6 +33,7 @@ from flax import nnx
 
 import jadder
 from benchmarks import onnx_twin
+from benchmarks.processor import processor
 from jadder import models
 from jadder.integer import native
 from jadder.models import BatchNorm, ResNet
@@ -166,17 +166,6 @@ def in_turns(calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[str
                 call()
                 times[name].append(time.perf_counter() - start)
     return times
-
-
-def processor() -> str:
-    """The processor's name, and its family and model where Linux tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
-    kind = f"family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}"
-    return f"{facts.get('model name', platform.machine())} ({kind})"
 
 
 def _jax_system(function: Callable[[Any], Any], prepare: Any) -> Callable[[Any], Call]:

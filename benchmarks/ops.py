@@ -37,7 +37,8 @@ from jadder import implementations, ops
 
 Product = Callable[..., Array]
 PASSES = ("forward", "dx", "dw")
-FORMS = {"naive": "reference", "xla": "xla", "cpu": "cpu", "cpu_fast": "cpu_fast", "uint8": "cpu"}
+FORMS = {"naive": "reference", "xla": "xla", "cpu": "cpu", "cpu_fast": "cpu_fast",
+         "cpu_int16": "cpu_int16", "uint8": "cpu"}  # fmt: skip
 MEMORY_LIMIT = 2**30
 
 

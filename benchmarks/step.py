@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--json: there is no folder {Path(args.json).parent}")
 
     forms: dict[str, Family] = {"conv": get_family("conv"), "xla": adder("xla"), "adder": adder()}
-    if implementations()["cpu_fast"].available:
-        forms["cpu_fast"] = adder("cpu_fast")
+    if implementations()["cpu"].available:
+        forms |= {"cpu_fast": adder("cpu_fast"), "cpu_int16": adder("cpu_int16")}
     print(f"{args.model}, batch {args.batch}, jax {jax.__version__}, {jax.devices()[0]}")
     runs, rows = {}, {}
     for name, family in forms.items():
@@ -76,10 +76,12 @@ def adder(implementation: Implementation | None = None) -> Family:
 
 
 def training_step(
-    model: str, family: Family, batch: int, size: int
+    model: str, family: Family, batch: int, size: int, num_classes: int = 10
 ) -> tuple[Step, tuple[Any, Any, Any, Array, Array]]:
     """A step of AdderNet's recipe; parameters, statistics, optimizer's state, images and labels."""
-    network = models.create(model, family=family, image_size=(size, size), rngs=nnx.Rngs(0))
+    network = models.create(
+        model, num_classes=num_classes, family=family, image_size=(size, size), rngs=nnx.Rngs(0)
+    )
     parts: Any = nnx.split(network, nnx.Param, ...)
     graphdef, params, rest = parts
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)

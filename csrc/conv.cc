@@ -28,6 +28,7 @@ struct Filters {
   int64_t tap_stride, group_stride;
   int64_t window[2];
   std::vector<int64_t> lane_offsets;  // lane-wise: of each target channel
+  const float* excess = nullptr;      // kPairMax: of each target channel
 };
 
 // One combination of phases: its operand and how it is cut into tasks.
@@ -50,7 +51,7 @@ void CutUp(const Kernels& kernels, const Form& form, const Gather& gather, int64
   const int64_t rows = window.rows->count, columns = window.columns->count;
   const int64_t pixels = gather.batch * rows * columns, panels = part.shape.count;
   const double terms = double(pixels) * double(part.shape.depth) * double(gather.target_channels);
-  const int64_t tile = form.is_gradient() ? kernels.gradient_rows : kernels.forward_rows;
+  const int64_t tile = form.most_rows(kernels);
   int64_t wanted = 1;
   if (threads > 1) {
     wanted = std::max<int64_t>(1, std::min<double>(threads * kTasksPerThread, terms / kSmall));
@@ -221,6 +222,7 @@ class Convolution {
       source.lane_offsets = filters_.lane_offsets.data() + group * gather_.lanes;
     } else {
       source.data = w_ + group * filters_.group_stride;
+      if (filters_.excess != nullptr) source.excess = filters_.excess + group * gather_.lanes;
     }
     return source;
   }
@@ -318,15 +320,13 @@ void RunConvolution(const Kernels& kernels, Pool& pool, Form form, const Gather&
       .Run(phases[0], phases[1], source, targets, out);
 }
 
-}  // namespace
-
+// The forward product in a form that is prepared.
 template <typename T>
-void Conv(const Kernels& kernels, Pool& pool, const ConvShape& s, Product product, const T* x,
-          const T* w, float* y) {
-  if (s.batch == 0 || s.filters == 0 || s.out[0] == 0 || s.out[1] == 0) return;
+void RunForward(const Kernels& kernels, Pool& pool, const ConvShape& s, const Form& form,
+                const T* x, const T* w, const float* excess, float* y) {
   const Gather gather(s.batch, s.groups, s.in, s.out, s.channels, s.filters);
   const Filters filters = {s.filters, 1, gather.terms * s.filters, gather.lanes,
-                           {s.window[0], s.window[1]}, {}};
+                           {s.window[0], s.window[1]}, {}, excess};
   std::vector<Phase> phases[2];
   for (int d = 0; d < 2; ++d) {
     std::vector<int64_t> offsets;
@@ -335,14 +335,14 @@ void Conv(const Kernels& kernels, Pool& pool, const ConvShape& s, Product produc
     }
     phases[d] = SplitPhases(s.out[d], s.stride[d], s.lhs_dilation[d], offsets);
   }
-  RunConvolution<T>(kernels, pool, {product}, gather, filters, phases, w, x, nullptr, y,
+  RunConvolution<T>(kernels, pool, form, gather, filters, phases, w, x, nullptr, y,
                     [](int64_t filter) { return filter; });
 }
 
+// The gradient for x in a form that is prepared.
 template <typename T>
-void ConvDx(const Kernels& kernels, Pool& pool, const ConvShape& s, const Form& form, const T* x,
-            const T* w, const T* g, float* dx) {
-  if (s.batch == 0 || s.channels == 0 || s.in[0] == 0 || s.in[1] == 0) return;
+void RunGradient(const Kernels& kernels, Pool& pool, const ConvShape& s, const Form& form,
+                 const T* x, const T* w, const T* g, float* dx) {
   const Gather gather(s.batch, s.groups, s.out, s.in, s.filters, s.channels);
   const Filters filters = {1, s.filters, gather.lanes * s.filters, gather.terms,
                            {s.window[0], s.window[1]}, {}};
@@ -361,13 +361,97 @@ void ConvDx(const Kernels& kernels, Pool& pool, const ConvShape& s, const Form& 
                     });
 }
 
+// The same convolution of pairs along its channels, or along its filters.
+ConvShape OfPairedChannels(ConvShape s) {
+  s.channels = s.groups * PairCount(s.channels / s.groups);
+  return s;
+}
+ConvShape OfPairedFilters(ConvShape s) {
+  s.filters = s.groups * PairCount(s.filters / s.groups);
+  return s;
+}
+
+double CountTerms(const ConvShape& s) {
+  return double(s.batch) * double(s.out[0] * s.out[1]) * double(s.filters) *
+         double(s.window[0] * s.window[1] * (s.channels / s.groups));
+}
+
+// Computes y in pairs and returns true, or finds no grid for the values.
+template <typename T>
+bool ConvInPairs(const Kernels& kernels, Pool& pool, const ConvShape& s, const T* x, const T* w,
+                 float* y) {
+  const int64_t terms = s.channels / s.groups, taps = s.window[0] * s.window[1];
+  const bool lanewise = s.groups > 1 && s.filters / s.groups < kernels.lanes;
+  // Dilated inputs have taps that meet zeros alone, whose sums are taken apart.
+  if (lanewise || s.lhs_dilation[0] > 1 || s.lhs_dilation[1] > 1) return false;
+  const int64_t pixels = s.batch * s.in[0] * s.in[1];
+  if (!RepaysRounding(CountTerms(s), pixels * s.channels)) return false;
+  const Grid grid = Grid::ForMax(FindRange(kernels, pool, x, pixels * s.channels));
+  if (!grid.fits || !FindRange(kernels, pool, w, taps * terms * s.filters).finite) return false;
+  const Pairs x_pairs(kernels, pool, grid, x, pixels * s.groups, terms);
+  const PairRows w_pairs(kernels, pool, grid, w, taps, terms, s.filters);
+  Form form = {Product::kPairMax};
+  form.grid = grid;
+  RunForward<float>(kernels, pool, OfPairedChannels(s), form, x_pairs.data(), w_pairs.data(),
+                    w_pairs.excess().data(), y);
+  return true;
+}
+
+// Likewise dx, whose x stays as it is.
+bool ConvDxInPairs(const Kernels& kernels, Pool& pool, const ConvShape& s, Form form,
+                   const float* x, const float* w, const float* g, float* dx) {
+  const int64_t terms = s.filters / s.groups, lanes = s.channels / s.groups;
+  if (s.groups > 1 && lanes < kernels.lanes) return false;
+  const int64_t taps = s.window[0] * s.window[1], pixels = s.batch * s.out[0] * s.out[1];
+  const int64_t size = s.batch * s.in[0] * s.in[1] * s.channels;
+  if (!RepaysRounding(CountTerms(s), size + pixels * s.filters)) return false;
+  const Range range = FindRange(kernels, pool, x, size);
+  form.grid = Grid::ForClip(range, form.limit);
+  const Grid rows = Grid::ForGradient(FindRange(kernels, pool, g, pixels * s.filters));
+  if (!form.grid.fits || !rows.fits) return false;
+  if (!FindRange(kernels, pool, w, taps * lanes * s.filters).finite) return false;
+  const Pairs g_pairs(kernels, pool, rows, g, pixels * s.groups, terms);
+  const Pairs w_pairs(kernels, pool, form.grid, w, taps * lanes * s.groups, terms);
+  form.product = Product::kPairClip;
+  form.row_step = rows.step;
+  RunGradient<float>(kernels, pool, OfPairedFilters(s), form, x, w_pairs.data(), g_pairs.data(),
+                     dx);
+  return true;
+}
+
+}  // namespace
+
+template <typename T>
+void Conv(const Kernels& kernels, Pool& pool, const ConvShape& s, Product product, const T* x,
+          const T* w, float* y) {
+  if (s.batch == 0 || s.filters == 0 || s.out[0] == 0 || s.out[1] == 0) return;
+  if (product == Product::kPairMax) {
+    if (ConvInPairs(kernels, pool, s, x, w, y)) return;
+    product = Product::kAbs;
+  }
+  RunForward<T>(kernels, pool, s, {product}, x, w, nullptr, y);
+}
+
+template <typename T>
+void ConvDx(const Kernels& kernels, Pool& pool, const ConvShape& s, const Form& form, bool pairs,
+            const T* x, const T* w, const T* g, float* dx) {
+  if (s.batch == 0 || s.channels == 0 || s.in[0] == 0 || s.in[1] == 0) return;
+  if constexpr (std::is_same_v<T, float>) {
+    if (pairs && form.product == Product::kClip &&
+        ConvDxInPairs(kernels, pool, s, form, x, w, g, dx)) {
+      return;
+    }
+  }
+  RunGradient<T>(kernels, pool, s, form, x, w, g, dx);
+}
+
 template void Conv(const Kernels&, Pool&, const ConvShape&, Product, const float*, const float*,
                    float*);
 template void Conv(const Kernels&, Pool&, const ConvShape&, Product, const bfloat16*,
                    const bfloat16*, float*);
-template void ConvDx(const Kernels&, Pool&, const ConvShape&, const Form&, const float*,
+template void ConvDx(const Kernels&, Pool&, const ConvShape&, const Form&, bool, const float*,
                      const float*, const float*, float*);
-template void ConvDx(const Kernels&, Pool&, const ConvShape&, const Form&, const bfloat16*,
+template void ConvDx(const Kernels&, Pool&, const ConvShape&, const Form&, bool, const bfloat16*,
                      const bfloat16*, const bfloat16*, float*);
 
 }  // namespace jadder

@@ -60,8 +60,8 @@ const float* PaddedRows(const T* g, int64_t columns, int64_t padded, Pixels& pix
 void AddPositions(const Kernels& kernels, const Form& form, const OuterSum& outer, int64_t padded,
                   const Pixels& pixels, const float* g, const int64_t* g_offset,
                   const float* w, bool x_is_finite, bool add, int64_t first, int64_t last,
-                  float* sum) {
-  const bool product = form.product == Product::kOuter;
+                  float* sum, float step = 0) {
+  const bool product = form.product == Product::kOuter || form.product == Product::kPairOuter;
   const int64_t most = product ? kernels.forward_rows : kernels.gradient_rows;
   const int64_t vectors = product && !form.lanewise ? kernels.forward_vectors : 1;
   OuterTile tile = {};
@@ -72,6 +72,7 @@ void AddPositions(const Kernels& kernels, const Form& form, const OuterSum& oute
   tile.bound = form.limit;
   tile.x_is_finite = x_is_finite;
   tile.g_offsets = g_offset;
+  tile.step = step;
   int64_t depth = 0;
   for (const Run& run : outer.runs) {
     const int64_t tiles = CeilDiv(run.length, most);
@@ -111,10 +112,80 @@ bool RowsAreFinite(const Kernels& kernels, const OuterSum& outer, const Pixels& 
   return true;
 }
 
+// Positions two by two, as pairs of integers with steps of their own: few enough for sums in 32 bits.
+struct PairedPositions {
+  static constexpr float kSteps = 2047, kGradientSteps = 4095;  // · · 2 · kChunkPositions < 2^31
+  static_assert(2047 * 4095 < (int64_t{1} << 31) / (2 * kChunkPositions));
+
+  Pixels pixels;  // of the pairs; offsets are those in g
+  const float* g = nullptr;
+  float step = 0;
+
+  // False where the positions at hand have no such pairs, or would not repay them.
+  bool Find(const Kernels& kernels, const OuterSum& outer, const Pixels& from, const float* g_rows,
+            const int64_t* g_offset, int64_t first, int64_t last) {
+    if (from.count < 2) return false;
+    const int64_t columns = last - first;
+    const auto [lowest, highest] = std::minmax_element(from.row.data(),
+                                                       from.row.data() + from.count);
+    const float* begin = *lowest;
+    const int64_t reach = outer.runs.back().offset + outer.runs.back().length;
+    const int64_t size = *highest - begin + reach, stride = from.row[1] - from.row[0];
+    if (stride < 0 || 24 * size > from.count * outer.depth * columns) return false;
+    Range x, gradient;
+    x.finite = kernels.widen_range(begin, size, &x.low, &x.high);
+    for (int64_t i = 0, next; i < from.count; i = next) {  // rows that lie one after another
+      for (next = i + 1; next < from.count; ++next) {
+        if (g_offset[next] - g_offset[next - 1] != columns) break;
+      }
+      gradient.finite &= kernels.widen_range(g_rows + g_offset[i] + first, (next - i) * columns,
+                                             &gradient.low, &gradient.high);
+    }
+    const float x_scale = kSteps / x.largest(), g_scale = kGradientSteps / gradient.largest();
+    step = 1 / x_scale / g_scale;
+    if (!x.finite || !gradient.finite || !std::isnormal(x_scale) || !std::isnormal(g_scale) ||
+        !(std::isnormal(step))) {
+      return false;
+    }
+    float* x_pairs = ThreadBuffer<PairedPositions>(size + from.count * columns);
+    float* g_pairs = x_pairs + size;
+    const int64_t both = std::max<int64_t>(0, size - stride);
+    kernels.pair_up(begin, begin + stride, both, x_scale, x_pairs);
+    kernels.pair_up(begin + both, nullptr, size - both, x_scale, x_pairs + both);
+    pixels.Reserve(from.count);
+    pixels.count = 0;
+    for (int64_t i = 0; i < from.count; ++i, ++pixels.count) {
+      const bool pair = i + 1 < from.count && from.row[i + 1] - from.row[i] == stride;
+      const float* low = g_rows + g_offset[i] + first;
+      const float* high = pair ? g_rows + g_offset[i + 1] + first : nullptr;
+      pixels.row[pixels.count] = x_pairs + (from.row[i] - begin);
+      pixels.offset[pixels.count] = pixels.count * columns - first;
+      kernels.pair_up(low, high, columns, g_scale, g_pairs + pixels.count * columns);
+      i += pair;
+    }
+    g = g_pairs;
+    return true;
+  }
+};
+
+// AddPositions of pairs, by as many as fit.
+void AddPairs(const Kernels& kernels, Form form, const OuterSum& outer, int64_t padded,
+              const PairedPositions& paired, bool add, int64_t first, int64_t last, float* sum) {
+  form.product = Product::kPairOuter;
+  Pixels some;
+  some.Reserve(kChunkPositions);
+  for (int64_t i = 0; i < paired.pixels.count; i += kChunkPositions) {
+    some.count = std::min<int64_t>(kChunkPositions, paired.pixels.count - i);
+    std::copy_n(paired.pixels.row.data() + i, some.count, some.row.data());
+    AddPositions(kernels, form, outer, padded, some, paired.g, paired.pixels.offset.data() + i,
+                 nullptr, true, add || i > 0, first, last, sum, paired.step);
+  }
+}
+
 // dw of matrix m lies at dw_at(m) and w of it at w_at(m), rows `stride` apart.
 template <typename T>
 void SumOuter(const Kernels& kernels, Pool& pool, const OuterSum& outer, double scale,
-              double bound, const T* w, const T* g, float* dw, int64_t stride,
+              double bound, bool pairs, const T* w, const T* g, float* dw, int64_t stride,
               const std::function<int64_t(int64_t)>& w_at,
               const std::function<int64_t(int64_t)>& dw_at) {
   const bool linear = std::isinf(bound);
@@ -169,8 +240,14 @@ void SumOuter(const Kernels& kernels, Pool& pool, const OuterSum& outer, double 
       }
       const bool x_is_finite = linear || RowsAreFinite(kernels, outer, pixels);
       const float* w_rows = linear ? nullptr : padded_w.data() + m * depth * padded;
-      AddPositions(kernels, form, outer, padded, pixels, g_rows, g_offset, w_rows,
-                   x_is_finite, unit > begin, first, last, sum);
+      static thread_local PairedPositions paired;
+      if (linear && pairs && kernels.adds_products && !form.lanewise &&
+          paired.Find(kernels, outer, pixels, g_rows, g_offset, first, last)) {
+        AddPairs(kernels, form, outer, padded, paired, unit > begin, first, last, sum);
+      } else {
+        AddPositions(kernels, form, outer, padded, pixels, g_rows, g_offset, w_rows,
+                     x_is_finite, unit > begin, first, last, sum);
+      }
       if (linear) {
         kernels.add_rows(g_rows + first, g_offset, pixels.count, last - first, g_sum + first);
       }
@@ -199,7 +276,7 @@ void SumOuter(const Kernels& kernels, Pool& pool, const OuterSum& outer, double 
 
 template <typename T>
 void MatmulDw(const Kernels& kernels, Pool& pool, const MatmulShape& s, double scale, double bound,
-              const T* x, const T* w, const T* g, float* dw) {
+              bool pairs, const T* x, const T* w, const T* g, float* dw) {
   const int64_t size = CheckedProduct(s.depth, s.columns);
   if (s.batch == 0 || size == 0) return;
   if (s.rows == 0) {
@@ -226,14 +303,14 @@ void MatmulDw(const Kernels& kernels, Pool& pool, const MatmulShape& s, double s
     }
   };
   SumOuter<T>(
-      kernels, pool, outer, scale, bound, w, g, dw, s.columns,
+      kernels, pool, outer, scale, bound, pairs, w, g, dw, s.columns,
       [&](int64_t m) { return s.w_batch == 1 ? 0 : m * size; },
       [&](int64_t m) { return m * size; });
 }
 
 template <typename T>
 void ConvDw(const Kernels& kernels, Pool& pool, const ConvShape& s, double scale, double bound,
-            const T* x, const T* w, const T* g, float* dw) {
+            bool pairs, const T* x, const T* w, const T* g, float* dw) {
   const int64_t depth = s.window[0] * s.window[1] * (s.channels / s.groups);
   const int64_t size = CheckedProduct(depth, s.filters);
   if (size == 0) return;
@@ -268,16 +345,16 @@ void ConvDw(const Kernels& kernels, Pool& pool, const ConvShape& s, double scale
     GatherPixels(gather, window, group, begin, end - begin, 0, s.out[1], x, pixels);
   };
   const auto at = [&](int64_t group) { return group * gather.lanes; };
-  SumOuter<T>(kernels, pool, outer, scale, bound, w, g, dw, s.filters, at, at);
+  SumOuter<T>(kernels, pool, outer, scale, bound, pairs, w, g, dw, s.filters, at, at);
 }
 
-template void MatmulDw(const Kernels&, Pool&, const MatmulShape&, double, double, const float*,
+template void MatmulDw(const Kernels&, Pool&, const MatmulShape&, double, double, bool, const float*,
                        const float*, const float*, float*);
-template void MatmulDw(const Kernels&, Pool&, const MatmulShape&, double, double, const bfloat16*,
+template void MatmulDw(const Kernels&, Pool&, const MatmulShape&, double, double, bool, const bfloat16*,
                        const bfloat16*, const bfloat16*, float*);
-template void ConvDw(const Kernels&, Pool&, const ConvShape&, double, double, const float*,
+template void ConvDw(const Kernels&, Pool&, const ConvShape&, double, double, bool, const float*,
                      const float*, const float*, float*);
-template void ConvDw(const Kernels&, Pool&, const ConvShape&, double, double, const bfloat16*,
+template void ConvDw(const Kernels&, Pool&, const ConvShape&, double, double, bool, const bfloat16*,
                      const bfloat16*, const bfloat16*, float*);
 
 }  // namespace jadder

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <new>
@@ -63,7 +64,7 @@ void RequireShape(const char* name, const Shape& actual, const Shape& implied) {
   }
 }
 
-int64_t Product(const Shape& shape) {
+int64_t SizeOf(const Shape& shape) {
   int64_t product = 1;
   for (const int64_t n : shape) {
     if (__builtin_mul_overflow(product, n, &product)) Refuse("too many elements: " + Text(shape));
@@ -84,8 +85,8 @@ struct Mapped {
     }
     outer.assign(whole.begin(), whole.end() - rank);
     inner.assign(whole.end() - rank, whole.end());
-    size = Product(inner);
-    Product(whole);
+    size = SizeOf(inner);
+    SizeOf(whole);
   }
 };
 
@@ -108,12 +109,12 @@ class Mapping {
     if (result.outer != outer_) RefuseOuter(result);
   }
 
-  int64_t Count() const { return Product(outer_); }
+  int64_t Count() const { return SizeOf(outer_); }
 
   // Whether all results share the second operand, and none another.
   bool OnlyKernelIsShared() const {
     for (size_t i = 0; i < operands_.size(); ++i) {
-      if (i == 1 ? Product(operands_[i].outer) != 1 : operands_[i].outer != outer_) return false;
+      if (i == 1 ? SizeOf(operands_[i].outer) != 1 : operands_[i].outer != outer_) return false;
     }
     return true;
   }
@@ -262,32 +263,45 @@ struct Clip {
   }
 };
 
-ffi::Error MatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, FloatResult y,
-                      bool fast) {
+ffi::Error MultiplyMatrices(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                            FloatResult y, Product product) {
   XlaPool pool(threads);
   return ForMatmuls<float, bfloat16>(
       {x, w}, y, Like::kY, [&](const MatmulShape& s, auto* x, auto* w, auto*, float* y) {
-        Matmul(SelectKernels(), pool, s, fast ? Product::kMax : Product::kAbs, x, w, y);
+        Matmul(SelectKernels(), pool, s, product, x, w, y);
       });
 }
 
+ffi::Error MatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, FloatResult y,
+                      bool fast) {
+  return MultiplyMatrices(threads, x, w, y, fast ? Product::kMax : Product::kAbs);
+}
+
+ffi::Error Int16MatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                           FloatResult y) {
+  return MultiplyMatrices(threads, x, w, y, Product::kPairMax);
+}
+
+template <bool kPairs>
 ffi::Error MatmulDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                         ffi::AnyBuffer g, FloatResult dx, double scale, double bound) {
   XlaPool pool(threads);
   return ForMatmuls<float, bfloat16>(
       {x, w, &g}, dx, Like::kX, [&](const MatmulShape& s, auto* x, auto* w, auto* g, float* dx) {
         const Clip clip(scale, bound);
-        MatmulDx(SelectKernels(), pool, s, Form::Gradient(clip.scale, clip.bound), x, w, g, dx);
+        const Form form = Form::Gradient(clip.scale, clip.bound);
+        MatmulDx(SelectKernels(), pool, s, form, kPairs, x, w, g, dx);
       });
 }
 
+template <bool kPairs>
 ffi::Error MatmulDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                         ffi::AnyBuffer g, FloatResult dw, double scale, double bound) {
   XlaPool pool(threads);
   return ForMatmuls<float, bfloat16>(
       {x, w, &g}, dw, Like::kW, [&](const MatmulShape& s, auto* x, auto* w, auto* g, float* dw) {
         const Clip clip(scale, bound);
-        MatmulDw(SelectKernels(), pool, s, clip.scale, clip.bound, x, w, g, dw);
+        MatmulDw(SelectKernels(), pool, s, clip.scale, clip.bound, kPairs, x, w, g, dw);
       });
 }
 
@@ -413,17 +427,30 @@ ffi::Error ForConvs(const Operands& operands, Result& result, const WindowAttrib
   });
 }
 
-ffi::Error ConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, FloatResult y,
-                    Sizes strides, Sizes padding, Sizes lhs_dilation, Sizes rhs_dilation,
-                    int64_t groups, bool fast) {
+ffi::Error Convolve(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, FloatResult y,
+                    const WindowAttributes& window, Product product) {
   XlaPool pool(threads);
   return ForConvs<float, bfloat16>(
-      {x, w}, y, {strides, padding, lhs_dilation, rhs_dilation, groups}, Like::kY,
-      [&](const ConvShape& s, auto* x, auto* w, auto*, float* y) {
-        Conv(SelectKernels(), pool, s, fast ? Product::kMax : Product::kAbs, x, w, y);
+      {x, w}, y, window, Like::kY, [&](const ConvShape& s, auto* x, auto* w, auto*, float* y) {
+        Conv(SelectKernels(), pool, s, product, x, w, y);
       });
 }
 
+ffi::Error ConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, FloatResult y,
+                    Sizes strides, Sizes padding, Sizes lhs_dilation, Sizes rhs_dilation,
+                    int64_t groups, bool fast) {
+  return Convolve(threads, x, w, y, {strides, padding, lhs_dilation, rhs_dilation, groups},
+                  fast ? Product::kMax : Product::kAbs);
+}
+
+ffi::Error Int16ConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                         FloatResult y, Sizes strides, Sizes padding, Sizes lhs_dilation,
+                         Sizes rhs_dilation, int64_t groups) {
+  return Convolve(threads, x, w, y, {strides, padding, lhs_dilation, rhs_dilation, groups},
+                  Product::kPairMax);
+}
+
+template <bool kPairs>
 ffi::Error ConvDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                       ffi::AnyBuffer g, FloatResult dx, Sizes strides, Sizes padding,
                       Sizes lhs_dilation, Sizes rhs_dilation, int64_t groups, double scale,
@@ -433,10 +460,12 @@ ffi::Error ConvDxImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
       {x, w, &g}, dx, {strides, padding, lhs_dilation, rhs_dilation, groups}, Like::kX,
       [&](const ConvShape& s, auto* x, auto* w, auto* g, float* dx) {
         const Clip clip(scale, bound);
-        ConvDx(SelectKernels(), pool, s, Form::Gradient(clip.scale, clip.bound), x, w, g, dx);
+        const Form form = Form::Gradient(clip.scale, clip.bound);
+        ConvDx(SelectKernels(), pool, s, form, kPairs, x, w, g, dx);
       });
 }
 
+template <bool kPairs>
 ffi::Error ConvDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                       ffi::AnyBuffer g, FloatResult dw, Sizes strides, Sizes padding,
                       Sizes lhs_dilation, Sizes rhs_dilation, int64_t groups, double scale,
@@ -446,7 +475,7 @@ ffi::Error ConvDwImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
       {x, w, &g}, dw, {strides, padding, lhs_dilation, rhs_dilation, groups}, Like::kW,
       [&](const ConvShape& s, auto* x, auto* w, auto* g, float* dw) {
         const Clip clip(scale, bound);
-        ConvDw(SelectKernels(), pool, s, clip.scale, clip.bound, x, w, g, dw);
+        ConvDw(SelectKernels(), pool, s, clip.scale, clip.bound, kPairs, x, w, g, dw);
       });
 }
 
@@ -492,19 +521,36 @@ auto WithClip(Binding binding) {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul, jadder::MatmulImpl,
                               jadder::BindY().Attr<bool>("fast"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dx, jadder::MatmulDxImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dx, jadder::MatmulDxImpl<false>,
                               jadder::WithClip(jadder::BindGradient()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dw, jadder::MatmulDwImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_matmul_dw, jadder::MatmulDwImpl<false>,
                               jadder::WithClip(jadder::BindGradient()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv, jadder::ConvImpl,
                               jadder::WithWindow(jadder::BindY()).Attr<bool>("fast"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dx, jadder::ConvDxImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dx, jadder::ConvDxImpl<false>,
                               jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dw, jadder::ConvDwImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dw, jadder::ConvDwImpl<false>,
+                              jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_matmul, jadder::Int16MatmulImpl, jadder::BindY());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_matmul_dx, jadder::MatmulDxImpl<true>,
+                              jadder::WithClip(jadder::BindGradient()));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_matmul_dw, jadder::MatmulDwImpl<true>,
+                              jadder::WithClip(jadder::BindGradient()));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_conv, jadder::Int16ConvImpl,
+                              jadder::WithWindow(jadder::BindY()));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_conv_dx, jadder::ConvDxImpl<true>,
+                              jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_conv_dw, jadder::ConvDwImpl<true>,
                               jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_matmul, jadder::IntegerMatmulImpl,
@@ -513,8 +559,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_matmul, jadder::IntegerMatmulImpl,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_integer_conv, jadder::IntegerConvImpl,
                               jadder::WithWindow(jadder::BindIntegers()));
 
-// The instruction set in use.
-extern "C" const char* jadder_isa() { return jadder::SelectKernels().name; }
+// The instruction set in use. VNNI counts as part of AVX-512.
+extern "C" const char* jadder_isa() {
+  const char* name = jadder::SelectKernels().name;
+  return std::strcmp(name, "avx512vnni") == 0 ? "avx512" : name;
+}
 
 // Whose headers this was built with: an older XLA refuses to start with handlers of a newer one.
 extern "C" const char* jadder_jaxlib_version() { return JADDER_JAXLIB_VERSION; }

@@ -42,7 +42,8 @@ int Level() {
 
 const Kernels& SelectKernels() {
 #if defined(JADDER_X86)
-  if (Level() >= 2) return avx512::kKernels;
+  if (Level() == 3) return avx512vnni::kKernels;
+  if (Level() == 2) return avx512::kKernels;
   if (Level() == 1) return avx2::kKernels;
 #endif
   return baseline::kKernels;

@@ -16,6 +16,11 @@ namespace {
 inline constexpr int kForwardRows = kRegisters == 32 ? 12 : 5;
 inline constexpr int kForwardVectors = 2;
 inline constexpr int kGradientRows = kRegisters == 32 ? 12 : 6;
+#if defined(__AVX512VNNI__)
+inline constexpr int kPairClipRows = 9;  // of three registers each
+#else
+inline constexpr int kPairClipRows = kRegisters == 32 ? 7 : 3;
+#endif
 
 static_assert(kForwardRows <= kMaxRows && kGradientRows <= kMaxRows);
 static_assert(kForwardVectors * kLanes <= kMaxWidth);
@@ -121,6 +126,132 @@ void MaxTile(const Tile& tile) {
   }
 }
 
+// Where the terms of one chunk of a tile are: at row_end[r] + k for k from -bytes on.
+template <int kRows>
+struct Chunk {
+  const char* row_end[kRows];
+  int64_t bytes;
+
+  Chunk(const Tile& tile, int64_t begin, int64_t length) : bytes(length * int64_t{sizeof(float)}) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      row_end[r] = reinterpret_cast<const char*>(tile.rows[r] + begin + length);
+    }
+  }
+};
+
+// Calls visit(begin, length) for stretches of nearly equal length of a run, in floats of its rows.
+template <class Visit>
+JADDER_INLINE void ForEachChunk(const Run& run, Visit visit) {
+  const int64_t chunks = (run.length + kChunkTerms - 1) / kChunkTerms;
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t begin = run.length * i / chunks, end = run.length * (i + 1) / chunks;
+    visit(run.offset + begin, end - begin);
+  }
+}
+
+JADDER_INLINE Vec BroadcastPair(int16_t value) {
+  const Vec integer = ToIntegers(Broadcast(value));
+  return PairOf(integer, integer);
+}
+
+template <int kRows, int kVectors>
+void PairMaxTile(const Tile& tile) {
+  const Vec start = BroadcastPair(tile.start), ones = BroadcastPair(1);
+  Vec total[kRows][kVectors] = {};  // in memory, until the end
+  const float* panel = tile.panel;
+  int64_t flushes = 0;
+  for (int64_t i = 0; i < tile.num_runs; ++i) {
+    ForEachChunk(tile.runs[i], [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
+      const Chunk<kRows> chunk(tile, begin, length);
+      Vec sum[kRows][kVectors];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = start;
+      }
+      for (int64_t k = -chunk.bytes; k < 0; k += sizeof(float), panel += kVectors * kLanes) {
+        Vec lane[kVectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) lane[v] = Load(panel + v * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const Vec value = Broadcast(*reinterpret_cast<const float*>(chunk.row_end[r] + k));
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) {
+            sum[r][v] = AddPairs(sum[r][v], MaxPairs(value, lane[v]));
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          total[r][v] = AddProducts(total[r][v], sum[r][v], ones);
+        }
+      }
+      ForgetLoads();
+      ++flushes;
+    });
+  }
+  const float started = 4.0f * static_cast<float>(flushes) * tile.start;
+  const Vec twice = Broadcast(2 * tile.step * tile.factor);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const float both = tile.row_sums[r] + started;  // of the row, and what sums began with
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      float* out = tile.out + tile.offsets[r] + v * kLanes;
+      const Vec rest = Load(tile.column_sums + v * kLanes) - Broadcast(both * tile.step);
+      const Vec value = Fma(ToFloats(total[r][v]), twice, rest * Broadcast(tile.factor));
+      Store(out, tile.add ? Load(out) + value : value);
+    }
+  }
+}
+
+// Σ clip(w - x, ±bound) g = Σ clip(w, x ± bound) g - x Σ g: two operations less for each term.
+template <int kRows>
+void PairClipTile(const Tile& tile) {
+  const Vec bound = BroadcastPair(tile.bound_steps), inverse = Broadcast(1 / tile.step);
+  Vec low[kRows], high[kRows], total[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const Vec x = ToIntegers(Load(tile.targets + tile.target_offsets[r]) * inverse);
+    const Vec both = PairOf(x, x);
+    low[r] = SubPairs(both, bound);
+    high[r] = AddPairs(both, bound);
+    total[r] = ToFloats(x) * Broadcast(-tile.row_sums[r]);
+  }
+  const float* panel = tile.panel;
+  for (int64_t i = 0; i < tile.num_runs; ++i) {
+    ForEachChunk(tile.runs[i], [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
+      const Chunk<kRows> chunk(tile, begin, length);
+      Vec sum[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sum[r] = Broadcast(0);
+      for (int64_t k = -chunk.bytes; k < 0; k += sizeof(float), panel += kLanes) {
+        const Vec lane = Load(panel);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const Vec clipped = MinPairs(MaxPairs(lane, low[r]), high[r]);
+          const float* g = reinterpret_cast<const float*>(chunk.row_end[r] + k);
+          sum[r] = AddBroadcastProducts(sum[r], clipped, g);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) total[r] = total[r] + ToFloats(sum[r]);
+      ForgetLoads();
+    });
+  }
+  const Vec factor = Broadcast(tile.factor * tile.step * tile.row_step);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    float* out = tile.out + tile.offsets[r];
+    const Vec value = total[r] * factor;
+    Store(out, tile.add ? Load(out) + value : value);
+  }
+}
+
 template <class Term, bool kLanewise, int kRows>
 JADDER_INLINE void GradientTile(const Tile& tile) {
   const Vec one = OpaqueOne(), bound = Broadcast(tile.bound);
@@ -210,6 +341,35 @@ void ProductOuterTile(const OuterTile& tile) {
   StoreOuter(tile, sum);
 }
 
+template <int kRows, int kVectors>
+void PairOuterTile(const OuterTile& tile) {
+  Vec sum[kRows][kVectors] = {};
+  for (int64_t p = 0; p < tile.positions; ++p) {
+    const float* x = tile.x[p] + tile.x_offset;
+    const float* g = tile.g + tile.g_offsets[p];
+    Vec lane[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) lane[v] = Load(g + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      if (kVectors == 1) {
+        sum[r][0] = AddBroadcastProducts(sum[r][0], lane[0], x + r);
+        continue;
+      }
+      const Vec value = Broadcast(x[r]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = AddProducts(sum[r][v], value, lane[v]);
+    }
+  }
+  const Vec step = Broadcast(tile.step);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = ToFloats(sum[r][v]) * step;
+  }
+  StoreOuter(tile, sum);
+}
+
 template <class Term, bool kLanewise, int kRows>
 JADDER_INLINE void BoundedOuterTile(const OuterTile& tile) {
   const Vec one = OpaqueOne(), bound = Broadcast(tile.bound);
@@ -263,6 +423,14 @@ template <int kVectors, int... kLess>
 constexpr Tiles MaxTiles(std::integer_sequence<int, kLess...>) {
   return {{MaxTile<kLess + 1, kVectors>...}};
 }
+template <int kVectors, int... kLess>
+constexpr Tiles PairMaxTiles(std::integer_sequence<int, kLess...>) {
+  return {{PairMaxTile<kLess + 1, kVectors>...}};
+}
+template <int... kLess>
+constexpr Tiles PairClipTiles(std::integer_sequence<int, kLess...>) {
+  return {{PairClipTile<kLess + 1>...}};
+}
 template <class Term, class ExactTerm, bool kLanewise, int... kLess>
 constexpr Tiles GradientTiles(std::integer_sequence<int, kLess...>) {
   return {{CheckedGradientTile<Term, ExactTerm, kLanewise, kLess + 1>...}};
@@ -270,6 +438,10 @@ constexpr Tiles GradientTiles(std::integer_sequence<int, kLess...>) {
 template <bool kLanewise, int kVectors, int... kLess>
 constexpr OuterTiles ProductOuterTiles(std::integer_sequence<int, kLess...>) {
   return {{ProductOuterTile<kLanewise, kLess + 1, kVectors>...}};
+}
+template <int kVectors, int... kLess>
+constexpr OuterTiles PairOuterTiles(std::integer_sequence<int, kLess...>) {
+  return {{PairOuterTile<kLess + 1, kVectors>...}};
 }
 template <class Term, class ExactTerm, bool kLanewise, int... kLess>
 constexpr OuterTiles BoundedOuterTiles(std::integer_sequence<int, kLess...>) {
@@ -283,10 +455,15 @@ constexpr Tiles kAbs1 = AbsTiles<false, 1>(ForwardSizes{});
 constexpr Tiles kAbs2 = AbsTiles<false, 2>(ForwardSizes{});
 constexpr Tiles kMax1 = MaxTiles<1>(ForwardSizes{});
 constexpr Tiles kMax2 = MaxTiles<2>(ForwardSizes{});
+constexpr Tiles kPairMax1 = PairMaxTiles<1>(ForwardSizes{});
+constexpr Tiles kPairMax2 = PairMaxTiles<2>(ForwardSizes{});
+constexpr Tiles kPairClips = PairClipTiles(std::make_integer_sequence<int, kPairClipRows>{});
 constexpr Tiles kClips = GradientTiles<ClipTerm, ExactClipTerm, false>(GradientSizes{});
 constexpr Tiles kSigns = GradientTiles<SignTerm, ExactSignTerm, false>(GradientSizes{});
 constexpr OuterTiles kOuter1 = ProductOuterTiles<false, 1>(ForwardSizes{});
 constexpr OuterTiles kOuter2 = ProductOuterTiles<false, 2>(ForwardSizes{});
+constexpr OuterTiles kPairOuter1 = PairOuterTiles<1>(ForwardSizes{});
+constexpr OuterTiles kPairOuter2 = PairOuterTiles<2>(ForwardSizes{});
 constexpr OuterTiles kOuterClips =
     BoundedOuterTiles<ClipTerm, ExactClipTerm, false>(GradientSizes{});
 constexpr OuterTiles kOuterSigns =
@@ -311,7 +488,12 @@ void RunProduct(Product product, int rows, int vectors, const Tile& tile) {
       return kClips.at[rows - 1](tile);
     case Product::kSign:
       return kSigns.at[rows - 1](tile);
+    case Product::kPairMax:
+      return (vectors == 1 ? kPairMax1 : kPairMax2).at[rows - 1](tile);
+    case Product::kPairClip:
+      return kPairClips.at[rows - 1](tile);
     case Product::kOuter:
+    case Product::kPairOuter:
       break;
   }
 }
@@ -355,10 +537,41 @@ void RowSums(const Tile& tile, int rows, float* sums) {
   for (; r < rows; ++r) SumRows<1>(tile.rows + r, tile.runs, tile.num_runs, sums + r);
 }
 
+template <int kRows>
+JADDER_INLINE void SumPairs(const Tile& tile, const float* const* rows, float* sums) {
+  const Vec ones = BroadcastPair(1);
+  Vec sum[kRows] = {};
+  for (int64_t i = 0; i < tile.num_runs; ++i) {
+    const int64_t end = tile.runs[i].offset + tile.runs[i].length;
+    int64_t k = tile.runs[i].offset;
+    for (; k + kLanes <= end; k += kLanes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        sum[r] = AddProducts(sum[r], Load(rows[r] + k), ones);
+      }
+    }
+    if (k == end) continue;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      sum[r] = AddProducts(sum[r], LoadFirst(rows[r] + k, end - k), ones);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) sums[r] = HorizontalSum(ToFloats(sum[r]));
+}
+
+void PairSums(const Tile& tile, int rows, float* sums) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) SumPairs<4>(tile, tile.rows + r, sums + r);
+  for (; r < rows; ++r) SumPairs<1>(tile, tile.rows + r, sums + r);
+}
+
 void RunOuter(Product product, int rows, int vectors, const OuterTile& tile) {
   switch (product) {
     case Product::kOuter:
       return (vectors == 1 ? kOuter1 : kOuter2).at[rows - 1](tile);
+    case Product::kPairOuter:
+      return (vectors == 1 ? kPairOuter1 : kPairOuter2).at[rows - 1](tile);
     case Product::kClip:
       return kOuterClips.at[rows - 1](tile);
     case Product::kSign:
@@ -395,10 +608,74 @@ void AddRows(const float* data, const int64_t* offsets, int64_t count, int64_t w
   }
 }
 
+bool WidenRange(const float* values, int64_t count, float* low, float* high) {
+  Vec least[2] = {Broadcast(*low), Broadcast(*low)}, most[2] = {Broadcast(*high), Broadcast(*high)};
+  Vec nan = Broadcast(0);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const Vec value = Load(values + i + j * kLanes);
+      least[j] = Min(least[j], value);
+      most[j] = Max(most[j], value);
+      nan = Fma(value, Broadcast(0), nan);
+    }
+  }
+  for (; i < count; i += kLanes) {
+    const Vec value = LoadFirst(values + i, count - i < kLanes ? count - i : kLanes);
+    least[0] = Min(least[0], value);  // zeros behind the last, which a range always has
+    most[0] = Max(most[0], value);
+    nan = Fma(value, Broadcast(0), nan);
+  }
+  float lows[kLanes], highs[kLanes];
+  Store(lows, Min(least[0], least[1]));
+  Store(highs, Max(most[0], most[1]));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (lows[lane] < *low) *low = lows[lane];
+    if (highs[lane] > *high) *high = highs[lane];
+  }
+  return !AnyNan(nan);
+}
+
+void RoundToGrid(const float* values, int64_t count, float scale, float low, float high,
+                 int16_t* to) {
+  const Vec least = Broadcast(low), most = Broadcast(high), factor = Broadcast(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    StoreHalves(to + i, ToIntegers(Min(Max(Load(values + i), least), most) * factor));
+  }
+  if (i == count) return;
+  int16_t last[kLanes];
+  StoreHalves(last, ToIntegers(Min(Max(LoadFirst(values + i, count - i), least), most) * factor));
+  for (int64_t j = 0; i + j < count; ++j) to[i + j] = last[j];
+}
+
+void PairUp(const float* low, const float* high, int64_t count, float scale, float* to) {
+  const Vec factor = Broadcast(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec second = high == nullptr ? Broadcast(0) : Load(high + i);
+    Store(to + i, PairOf(ToIntegers(Load(low + i) * factor), ToIntegers(second * factor)));
+  }
+  if (i == count) return;
+  float last[kLanes];
+  const Vec second = high == nullptr ? Broadcast(0) : LoadFirst(high + i, count - i);
+  Store(last, PairOf(ToIntegers(LoadFirst(low + i, count - i) * factor),
+                     ToIntegers(second * factor)));
+  __builtin_memcpy(to + i, last, (count - i) * sizeof(float));
+}
+
+#if defined(__AVX512VNNI__)
+inline constexpr bool kAddsProducts = true;
+#else
+inline constexpr bool kAddsProducts = false;
+#endif
+
 }  // namespace
 
 const Kernels kKernels = {
-    JADDER_NAME(JADDER_ISA), kLanes,  kForwardRows, kForwardVectors,  kGradientRows, RunProduct,
-    RunLanewiseProduct,      RowSums, RunOuter,     RunLanewiseOuter, AddRows};
+    JADDER_NAME(JADDER_ISA), kLanes, kForwardRows, kForwardVectors, kGradientRows, kPairClipRows,
+    kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter, RunLanewiseOuter, AddRows,
+    WidenRange, RoundToGrid, PairUp};
 
 }  // namespace jadder::JADDER_ISA

@@ -26,7 +26,18 @@ enum class Product {
   kClip,  // Σ clip(w - x, -bound, bound) g
   kSign,  // Σ sign(w - x) g
   kOuter, // Σ x g, over positions
+  kPairMax,   // kMax of 16-bit integers, see below
+  kPairClip,  // kClip of 16-bit integers
+  kPairOuter, // kOuter of 16-bit integers
 };
+
+// In the products of pairs, what is typed as a float of `rows` and `panel` is two terms, integers of
+// 16 bits: instructions take twice as many of them as of floats. Code that copies operands moves
+// their bits. Integers are multiples of a step, and small enough (see grid.h) for sums of
+// kChunkTerms to fit: in 16 bits from `start` on for kPairMax, in 32 bits for kPairClip. In the outer
+// product the two terms are positions, and the sums of kChunkPositions fit in 32 bits.
+inline constexpr int kChunkTerms = 32;
+inline constexpr int kChunkPositions = 128;
 
 // One register tile of a product: for each row r and lane of the panel
 //
@@ -45,13 +56,18 @@ struct Tile {
   bool add;  // to what `out` holds
   float factor;
 
-  const float* row_sums;     // kMax: Σ_k x for each row
-  const float* column_sums;  // kMax: Σ_k w for each lane
+  const float* row_sums;     // kMax: Σ_k x for each row; of pairs, Σ of its integers
+  const float* column_sums;  // kMax: Σ_k w for each lane; kPairMax: what to add to each lane
 
   const float* targets;  // kClip, kSign
   const int64_t* target_offsets;
   float bound;           // kClip
   bool panel_is_finite;  // kClip, kSign: whether NaN can come from x alone
+
+  float step;         // of pairs: of x and w
+  float row_step;     // kPairClip: of g
+  int16_t start;      // kPairMax
+  int16_t bound_steps;  // kPairClip: the bound, in steps
 };
 
 // One register tile of a kernel's gradient, which sums over positions p: for each row and lane
@@ -72,6 +88,7 @@ struct OuterTile {
   const float* targets;
   float bound;       // kClip
   bool x_is_finite;  // kClip, kSign: whether NaN can come from w alone
+  float step;        // kPairOuter: of x times that of g
 };
 
 // Tiles come in two kinds. In most, a term of a row is one float, which meets every lane of the
@@ -83,18 +100,31 @@ struct Kernels {
   int forward_rows;     // most rows of a tile of kAbs and kMax
   int forward_vectors;  // most vectors in a row of its panel
   int gradient_rows;    // most rows of a tile of kClip and kSign, whose panels are one vector wide
+  int pair_clip_rows;   // most rows of a tile of kPairClip, whose panels are too
+  bool adds_products;   // in one instruction, without which kPairOuter is no quicker than kOuter
 
   void (*product)(Product product, int rows, int vectors, const Tile& tile);
   void (*lanewise_product)(Product product, int rows, const Tile& tile);  // not kMax
   void (*row_sums)(const Tile& tile, int rows, float* sums);
-  // `vectors` may be more than one for kOuter only.
+  void (*pair_sums)(const Tile& tile, int rows, float* sums);
+  // `vectors` may be more than one for kOuter and kPairOuter only.
   void (*outer)(Product product, int rows, int vectors, const OuterTile& tile);
   void (*lanewise_outer)(Product product, int rows, const OuterTile& tile);
   // Adds `width` floats, a multiple of `lanes`, at each of the offsets to `sums`.
   void (*add_rows)(const float* data, const int64_t* offsets, int64_t count, int64_t width,
                    float* sums);
+  // Widens [*low, *high] to these values; returns whether all are finite.
+  bool (*widen_range)(const float* values, int64_t count, float* low, float* high);
+  // The nearest integers to scale · clip(value, low, high), which fit.
+  void (*round_to_grid)(const float* values, int64_t count, float scale, float low, float high,
+                        int16_t* to);
+  // Pairs of round(scale · low[i]) and round(scale · high[i]), or of zeros where there is no `high`.
+  void (*pair_up)(const float* low, const float* high, int64_t count, float scale, float* to);
 };
 
+namespace avx512vnni {
+extern const Kernels kKernels;
+}
 namespace avx512 {
 extern const Kernels kKernels;
 }

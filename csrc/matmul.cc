@@ -3,7 +3,9 @@
 // Limited by arithmetic once a block of rows meets enough columns: x is read in place, and w is
 // rearranged once for each call, or by each task where few rows meet it.
 
+#include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "products.h"
 #include "types.h"
@@ -48,19 +50,25 @@ const float* AsFloat(const T* from, int64_t size, float* to) {
 template <typename T>
 void Multiply(const Kernels& kernels, Pool& pool, const Form& form, const MatmulShape& s,
               const PanelShape& shape, int64_t term_stride, int64_t lane_stride, const T* w,
-              const T* streamed, const T* targets, float* out) {
+              const T* streamed, const T* targets, float* out, const float* excess = nullptr) {
   const std::vector<int64_t> start = {0};
   const PassRuns runs(shape, {{0, shape.depth}});
   const int64_t w_size = CheckedProduct(shape.depth, shape.columns);
   const auto source = [&](int64_t i) -> PanelSource {
-    return {w + i * w_size, !std::is_same_v<T, float>, &start, shape.depth, term_stride,
-            lane_stride};
+    return {w + i * w_size,
+            !std::is_same_v<T, float>,
+            &start,
+            shape.depth,
+            term_stride,
+            lane_stride,
+            nullptr,
+            excess == nullptr ? nullptr : excess + i * shape.columns};
   };
   const bool lazy = s.rows <= kFewRows;
   PackedPanels packed;
   if (!lazy) packed = PackedPanels(pool, form, shape, s.w_batch, source);
 
-  const int64_t tile_rows = form.is_gradient() ? kernels.gradient_rows : kernels.forward_rows;
+  const int64_t tile_rows = form.most_rows(kernels);
   const Cut cut = CutUp(s.batch, s.rows, shape, tile_rows, pool.threads());
   const int64_t tasks = cut.row_tasks * cut.panel_tasks;  // of each matrix
 
@@ -108,6 +116,53 @@ MatmulShape MergeRows(MatmulShape s) {
   return s;
 }
 
+// Computes y in pairs and returns true, or finds no grid for the values.
+template <typename T>
+bool MatmulInPairs(const Kernels& kernels, Pool& pool, MatmulShape s, const T* x, const T* w,
+                   float* y) {
+  const int64_t rows = s.batch * s.rows, terms = s.depth;
+  if (!RepaysRounding(s.columns, 1)) return false;
+  Form form = {Product::kPairMax};
+  form.grid = Grid::ForMax(FindRange(kernels, pool, x, rows * terms));
+  if (!form.grid.fits) return false;
+  if (!FindRange(kernels, pool, w, s.w_batch * terms * s.columns).finite) return false;
+  const Pairs x_pairs(kernels, pool, form.grid, x, rows, terms);
+  s.depth = PairCount(terms);
+  const int64_t size = s.depth * s.columns;
+  Buffer<float> w_pairs(CheckedProduct(s.w_batch, size));
+  std::vector<float> excess;
+  for (int64_t i = 0; i < s.w_batch; ++i) {
+    const PairRows matrix(kernels, pool, form.grid, w + i * terms * s.columns, 1, terms, s.columns);
+    std::memcpy(w_pairs.data() + i * size, matrix.data(), size * sizeof(float));
+    excess.insert(excess.end(), matrix.excess().begin(), matrix.excess().end());
+  }
+  const PanelShape shape(kernels, form, s.depth, s.columns);
+  Multiply<float>(kernels, pool, form, s, shape, s.columns, 1, w_pairs.data(), x_pairs.data(),
+                  nullptr, y, excess.data());
+  return true;
+}
+
+// Likewise dx, whose x stays as it is.
+bool MatmulDxInPairs(const Kernels& kernels, Pool& pool, MatmulShape s, Form form, const float* x,
+                     const float* w, const float* g, float* dx) {
+  const int64_t rows = s.batch * s.rows, terms = s.columns;
+  if (!RepaysRounding(double(s.depth) * double(terms), s.depth + terms)) return false;
+  const Range range = FindRange(kernels, pool, x, rows * s.depth);
+  form.grid = Grid::ForClip(range, form.limit);
+  const Grid row_grid = Grid::ForGradient(FindRange(kernels, pool, g, rows * terms));
+  if (!form.grid.fits || !row_grid.fits) return false;
+  if (!FindRange(kernels, pool, w, s.w_batch * s.depth * terms).finite) return false;
+  const Pairs g_pairs(kernels, pool, row_grid, g, rows, terms);
+  const Pairs w_pairs(kernels, pool, form.grid, w, s.w_batch * s.depth, terms);
+  form.product = Product::kPairClip;
+  form.row_step = row_grid.step;
+  s.columns = PairCount(terms);
+  const PanelShape shape(kernels, form, s.columns, s.depth);
+  Multiply<float>(kernels, pool, form, s, shape, 1, s.columns, w_pairs.data(), g_pairs.data(), x,
+                  dx);
+  return true;
+}
+
 }  // namespace
 
 template <typename T>
@@ -119,6 +174,10 @@ void Matmul(const Kernels& kernels, Pool& pool, const MatmulShape& given, Produc
     std::fill_n(y, s.batch * s.rows * s.columns, -0.0f);
     return;
   }
+  if (product == Product::kPairMax) {
+    if (MatmulInPairs(kernels, pool, s, x, w, y)) return;
+    product = Product::kAbs;
+  }
   const Form form = {product};
   const PanelShape shape(kernels, form, s.depth, s.columns);
   Multiply<T>(kernels, pool, form, s, shape, s.columns, 1, w, x, nullptr, y);
@@ -126,12 +185,18 @@ void Matmul(const Kernels& kernels, Pool& pool, const MatmulShape& given, Produc
 
 template <typename T>
 void MatmulDx(const Kernels& kernels, Pool& pool, const MatmulShape& given, const Form& form,
-              const T* x, const T* w, const T* g, float* dx) {
+              bool pairs, const T* x, const T* w, const T* g, float* dx) {
   const MatmulShape s = MergeRows(given);
   if (s.batch == 0 || s.rows == 0 || s.depth == 0) return;
   if (s.columns == 0) {
     std::fill_n(dx, s.batch * s.rows * s.depth, 0.0f);
     return;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (pairs && form.product == Product::kClip &&
+        MatmulDxInPairs(kernels, pool, s, form, x, w, g, dx)) {
+      return;
+    }
   }
   const PanelShape shape(kernels, form, s.columns, s.depth);
   Multiply<T>(kernels, pool, form, s, shape, 1, s.columns, w, g, x, dx);
@@ -141,9 +206,9 @@ template void Matmul(const Kernels&, Pool&, const MatmulShape&, Product, const f
                      const float*, float*);
 template void Matmul(const Kernels&, Pool&, const MatmulShape&, Product, const bfloat16*,
                      const bfloat16*, float*);
-template void MatmulDx(const Kernels&, Pool&, const MatmulShape&, const Form&, const float*,
+template void MatmulDx(const Kernels&, Pool&, const MatmulShape&, const Form&, bool, const float*,
                        const float*, const float*, float*);
-template void MatmulDx(const Kernels&, Pool&, const MatmulShape&, const Form&, const bfloat16*,
-                       const bfloat16*, const bfloat16*, float*);
+template void MatmulDx(const Kernels&, Pool&, const MatmulShape&, const Form&, bool,
+                       const bfloat16*, const bfloat16*, const bfloat16*, float*);
 
 }  // namespace jadder

@@ -50,15 +50,37 @@ bool AllFinite(const float* values, int64_t size) {
   return check[0] == 0;
 }
 
+// What products of pairs add to each lane: -Σ w of a pass, and in the first one the excess of all.
+void SumPairs(const Form& form, const PanelShape& shape, const PanelSource& source, int64_t p,
+              int64_t pass, const float* panel, float* sums) {
+  const int64_t width = shape.width(p), terms = shape.pass_begin(pass + 1) - shape.pass_begin(pass);
+  int64_t total[kMaxWidth] = {};
+  for (int64_t t = 0; t < terms; ++t, panel += width) {
+    for (int64_t c = 0; c < width; ++c) {
+      int16_t pair[2];
+      std::memcpy(pair, panel + c, sizeof(pair));
+      total[c] += pair[0] + pair[1];
+    }
+  }
+  for (int64_t c = 0; c < width; ++c) {
+    sums[c] = -form.grid.step * static_cast<float>(total[c]);
+    if (pass == 0 && c < shape.used(p)) sums[c] += source.excess[p * shape.full_width + c];
+  }
+}
+
 // Writes one pass of panel p to `panel` and the sum of its terms to `sums` unless that is null;
 // returns whether all values are finite.
-bool PackPanel(const PanelShape& shape, const PanelSource& source, int64_t p, int64_t pass,
-               float* panel, float* sums) {
+bool PackPanel(const Form& form, const PanelShape& shape, const PanelSource& source, int64_t p,
+               int64_t pass, float* panel, float* sums) {
   const int64_t begin = shape.pass_begin(pass), end = shape.pass_begin(pass + 1);
   if (source.is_bfloat16) {
     CopyPanel(static_cast<const bfloat16*>(source.data), shape, source, p, begin, end, panel);
   } else {
     CopyPanel(static_cast<const float*>(source.data), shape, source, p, begin, end, panel);
+  }
+  if (form.of_pairs()) {
+    if (sums != nullptr) SumPairs(form, shape, source, p, pass, panel, sums);
+    return true;
   }
   const int64_t width = shape.width(p), size = (end - begin) * width;
   if (sums != nullptr) {
@@ -88,10 +110,10 @@ class PackedGroup {
     panel_stride_ = shape_.full_width * terms;
     const int64_t size = panel_stride_ * (last - first);
     float* copy = ThreadBuffer<PackedGroup>(size + (last - first) * shape_.full_width);
-    float* sums = form.product == Product::kMax ? copy + size : nullptr;
+    float* sums = form.sums_columns() ? copy + size : nullptr;
     for (int64_t p = first; p < last; ++p) {
       float* panel_sums = sums == nullptr ? nullptr : sums + (p - first) * shape_.full_width;
-      finite &= PackPanel(shape_, panels.source, p, pass, copy + (p - first) * panel_stride_,
+      finite &= PackPanel(form, shape_, panels.source, p, pass, copy + (p - first) * panel_stride_,
                           panel_sums);
     }
     packed_ = copy;
@@ -170,7 +192,7 @@ PackedPanels::PackedPanels(Pool& pool, const Form& form, const PanelShape& shape
                            const std::function<PanelSource(int64_t)>& source)
     : size_(shape.size()), sums_size_(shape.passes() * shape.padded_columns()) {
   packed_.Resize(CheckedProduct(size_, count));
-  if (form.product == Product::kMax) sums_.Resize(CheckedProduct(sums_size_, count));
+  if (form.sums_columns()) sums_.Resize(CheckedProduct(sums_size_, count));
   std::atomic<bool> finite{true};
   const auto pack = [&](int64_t i) {
     const int64_t copy = i / shape.count, p = i % shape.count;
@@ -182,7 +204,7 @@ PackedPanels::PackedPanels(Pool& pool, const Form& form, const PanelShape& shape
         sums += copy * sums_size_ + pass * shape.padded_columns() + p * shape.full_width;
       }
       panel += shape.pass_begin(pass) * shape.width(p);
-      if (!PackPanel(shape, operand, p, pass, panel, sums)) finite = false;
+      if (!PackPanel(form, shape, operand, p, pass, panel, sums)) finite = false;
     }
   };
   if (size_ * count > kSmall) {
@@ -231,7 +253,7 @@ void MultiplyBlock(const Kernels& kernels, const Form& form, const Panels& panel
                    const PassRuns& runs, const Block& block, int64_t begin, int64_t end,
                    bool add) {
   const PanelShape& shape = panels.shape;
-  const int64_t most = form.is_gradient() ? kernels.gradient_rows : kernels.forward_rows;
+  const int64_t most = form.most_rows(kernels);
   const int64_t tiles = CeilDiv(block.rows, most);
   if (tiles == 0) return;
   const int64_t tile_rows = block.rows / tiles, longer = block.rows % tiles;
@@ -248,6 +270,10 @@ void MultiplyBlock(const Kernels& kernels, const Form& form, const Panels& panel
     tile.factor = form.factor;
     tile.row_sums = row_sums;
     tile.bound = form.limit;
+    tile.step = form.grid.step;
+    tile.row_step = form.row_step;
+    tile.start = form.grid.start;
+    tile.bound_steps = form.grid.bound_steps;
 
     for (int64_t first = begin; first < end; first += group) {
       const int64_t last = std::min(end, first + group);
@@ -259,7 +285,9 @@ void MultiplyBlock(const Kernels& kernels, const Form& form, const Panels& panel
         tile.rows = block.row + row;
         tile.offsets = block.offset + row;
         if (form.is_gradient()) tile.target_offsets = block.target_offset + row;
-        if (form.product == Product::kMax) kernels.row_sums(tile, rows, row_sums);
+        if (form.sums_rows()) {
+          (form.of_pairs() ? kernels.pair_sums : kernels.row_sums)(tile, rows, row_sums);
+        }
         if (last - first == 1 && tile.num_runs == 1 && t + 1 < tiles) {
           Prefetch(tile.rows + rows, tile_rows, *tile.runs);
         }

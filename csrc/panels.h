@@ -8,6 +8,7 @@
 #include <functional>
 #include <vector>
 
+#include "grid.h"
 #include "kernels.h"
 #include "memory.h"
 #include "tasks.h"
@@ -21,8 +22,21 @@ struct Form {
   float factor = -1;
   float limit = 0;
   bool lanewise = false;
+  float row_step = 0;  // kPairClip: of the operand that is read value by value
+  Grid grid = {};      // of pairs: of the other two
 
-  bool is_gradient() const { return product == Product::kClip || product == Product::kSign; }
+  bool is_gradient() const {
+    return product == Product::kClip || product == Product::kSign || product == Product::kPairClip;
+  }
+  bool sums_rows() const { return product == Product::kMax || of_pairs(); }
+  bool sums_columns() const { return product == Product::kMax || product == Product::kPairMax; }
+  bool of_pairs() const {
+    return product == Product::kPairMax || product == Product::kPairClip;
+  }
+  int most_rows(const Kernels& kernels) const {
+    if (product == Product::kPairClip) return kernels.pair_clip_rows;
+    return is_gradient() ? kernels.gradient_rows : kernels.forward_rows;
+  }
   static Form Gradient(double scale, double bound);
 };
 
@@ -74,6 +88,7 @@ struct PanelSource {
   int64_t term_stride;
   int64_t lane_stride;
   const int64_t* lane_offsets = nullptr;
+  const float* excess = nullptr;  // kPairMax: of each column
 };
 
 // An operand. Without `packed` each task packs what it needs at the time, which spares writing and
@@ -82,7 +97,7 @@ struct Panels {
   PanelShape shape;
   PanelSource source;
   const float* packed = nullptr;
-  const float* sums = nullptr;  // kMax: for each pass a row of padded_columns() sums
+  const float* sums = nullptr;  // kMax, kPairMax: for each pass a row of padded_columns() sums
   bool finite = true;
 };
 

@@ -17,7 +17,11 @@
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
+#define JADDER_ISA avx512vnni
+#else
 #define JADDER_ISA avx512
+#endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #define JADDER_ISA avx2
 #else
@@ -47,6 +51,7 @@ JADDER_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 JADDER_INLINE Vec SubOnFma(Vec a, Vec b, Vec one) { return _mm512_fnmadd_ps(b, one, a); }
 JADDER_INLINE Vec Abs(Vec a) { return _mm512_abs_ps(a); }
 JADDER_INLINE Vec Max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+JADDER_INLINE Vec Min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 JADDER_INLINE float HorizontalSum(Vec a) { return _mm512_reduce_add_ps(a); }
 JADDER_INLINE bool AnyNan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 
@@ -75,6 +80,35 @@ JADDER_INLINE Vec SignExact(Vec d) {
   return _mm512_mask_mov_ps(sign, _mm512_cmp_ps_mask(d, d, _CMP_UNORD_Q), d);
 }
 
+// Pairs of 16-bit integers in the lanes of a vector of floats.
+JADDER_INLINE __m512i Bits(Vec a) { return _mm512_castps_si512(a); }
+JADDER_INLINE Vec FromBits(__m512i a) { return _mm512_castsi512_ps(a); }
+JADDER_INLINE Vec MaxPairs(Vec a, Vec b) { return FromBits(_mm512_max_epi16(Bits(a), Bits(b))); }
+JADDER_INLINE Vec MinPairs(Vec a, Vec b) { return FromBits(_mm512_min_epi16(Bits(a), Bits(b))); }
+JADDER_INLINE Vec AddPairs(Vec a, Vec b) { return FromBits(_mm512_add_epi16(Bits(a), Bits(b))); }
+JADDER_INLINE Vec SubPairs(Vec a, Vec b) { return FromBits(_mm512_sub_epi16(Bits(a), Bits(b))); }
+JADDER_INLINE Vec MultiplyPairs(Vec a, Vec b) {  // the sum of both products, in 32 bits
+  return FromBits(_mm512_madd_epi16(Bits(a), Bits(b)));
+}
+JADDER_INLINE Vec AddIntegers(Vec a, Vec b) { return FromBits(_mm512_add_epi32(Bits(a), Bits(b))); }
+JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddIntegers
+#if defined(__AVX512VNNI__)
+  // With the intrinsic, GCC moves the sum to another register and back.
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#else
+  return AddIntegers(sum, MultiplyPairs(a, b));
+#endif
+}
+JADDER_INLINE Vec ToFloats(Vec a) { return _mm512_cvtepi32_ps(Bits(a)); }
+JADDER_INLINE Vec ToIntegers(Vec a) { return FromBits(_mm512_cvtps_epi32(a)); }
+JADDER_INLINE Vec PairOf(Vec low, Vec high) {  // of integers that fit
+  return FromBits(_mm512_mask_mov_epi16(Bits(low), 0xaaaaaaaa, _mm512_slli_epi32(Bits(high), 16)));
+}
+JADDER_INLINE void StoreHalves(int16_t* p, Vec a) {  // of integers that fit
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(Bits(a)));
+}
+
 #elif defined(__AVX2__) && defined(__FMA__)
 
 using Vec = __m256;
@@ -94,6 +128,7 @@ JADDER_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 JADDER_INLINE Vec SubOnFma(Vec a, Vec b, Vec one) { return _mm256_fnmadd_ps(b, one, a); }
 JADDER_INLINE Vec Abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 JADDER_INLINE Vec Max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+JADDER_INLINE Vec Min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 JADDER_INLINE float HorizontalSum(Vec a) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -121,6 +156,30 @@ JADDER_INLINE Vec SignExact(Vec d) {
   const Vec sign = Sub(_mm256_and_ps(_mm256_cmp_ps(d, zero, _CMP_GT_OQ), one),
                        _mm256_and_ps(_mm256_cmp_ps(d, zero, _CMP_LT_OQ), one));
   return _mm256_blendv_ps(sign, d, _mm256_cmp_ps(d, d, _CMP_UNORD_Q));
+}
+
+// Pairs of 16-bit integers in the lanes of a vector of floats.
+JADDER_INLINE __m256i Bits(Vec a) { return _mm256_castps_si256(a); }
+JADDER_INLINE Vec FromBits(__m256i a) { return _mm256_castsi256_ps(a); }
+JADDER_INLINE Vec MaxPairs(Vec a, Vec b) { return FromBits(_mm256_max_epi16(Bits(a), Bits(b))); }
+JADDER_INLINE Vec MinPairs(Vec a, Vec b) { return FromBits(_mm256_min_epi16(Bits(a), Bits(b))); }
+JADDER_INLINE Vec AddPairs(Vec a, Vec b) { return FromBits(_mm256_add_epi16(Bits(a), Bits(b))); }
+JADDER_INLINE Vec SubPairs(Vec a, Vec b) { return FromBits(_mm256_sub_epi16(Bits(a), Bits(b))); }
+JADDER_INLINE Vec MultiplyPairs(Vec a, Vec b) {  // the sum of both products, in 32 bits
+  return FromBits(_mm256_madd_epi16(Bits(a), Bits(b)));
+}
+JADDER_INLINE Vec AddIntegers(Vec a, Vec b) { return FromBits(_mm256_add_epi32(Bits(a), Bits(b))); }
+JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddIntegers
+  return AddIntegers(sum, MultiplyPairs(a, b));
+}
+JADDER_INLINE Vec ToFloats(Vec a) { return _mm256_cvtepi32_ps(Bits(a)); }
+JADDER_INLINE Vec ToIntegers(Vec a) { return FromBits(_mm256_cvtps_epi32(a)); }
+JADDER_INLINE Vec PairOf(Vec low, Vec high) {  // of integers that fit
+  return FromBits(_mm256_blend_epi16(Bits(low), _mm256_slli_epi32(Bits(high), 16), 0xaa));
+}
+JADDER_INLINE void StoreHalves(int16_t* p, Vec a) {  // of integers that fit
+  const __m128i low = _mm256_castsi256_si128(Bits(a)), high = _mm256_extractf128_si256(Bits(a), 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
 }
 
 #else
@@ -161,15 +220,18 @@ JADDER_INLINE Vec Fma(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
 #if defined(__SSE2__)
 JADDER_INLINE Vec Max(Vec a, Vec b) { return _mm_max_ps(a, b); }
+JADDER_INLINE Vec Min(Vec a, Vec b) { return _mm_min_ps(a, b); }
 // Both instructions return their second operand where one is NaN.
 JADDER_INLINE Vec ClipExact(Vec d, Vec bound) { return _mm_max_ps(-bound, _mm_min_ps(bound, d)); }
 #elif defined(__aarch64__)
 JADDER_INLINE Vec Max(Vec a, Vec b) { return (Vec)vmaxq_f32(a, b); }
+JADDER_INLINE Vec Min(Vec a, Vec b) { return (Vec)vminq_f32(a, b); }
 JADDER_INLINE Vec ClipExact(Vec d, Vec bound) {
   return (Vec)vmaxq_f32(-bound, vminq_f32(bound, d));
 }
 #else
 JADDER_INLINE Vec Max(Vec a, Vec b) { return Select(a > b, a, b); }
+JADDER_INLINE Vec Min(Vec a, Vec b) { return Select(a < b, a, b); }
 JADDER_INLINE Vec ClipExact(Vec d, Vec bound) {
   d = Select(d > bound, bound, d);
   return Select(d < -bound, -bound, d);
@@ -189,7 +251,69 @@ JADDER_INLINE Vec SignExact(Vec d) {
   return Select(d != d, d, sign);
 }
 
+// Pairs of 16-bit integers in the lanes of a vector of floats.
+typedef int16_t Halves __attribute__((vector_size(16)));
+JADDER_INLINE Vec AddPairs(Vec a, Vec b) { return (Vec)((Halves)a + (Halves)b); }
+JADDER_INLINE Vec SubPairs(Vec a, Vec b) { return (Vec)((Halves)a - (Halves)b); }
+JADDER_INLINE Vec AddIntegers(Vec a, Vec b) { return (Vec)((Mask)a + (Mask)b); }
+JADDER_INLINE Vec ToFloats(Vec a) { return __builtin_convertvector((Mask)a, Vec); }
+#if defined(__SSE2__)
+JADDER_INLINE Vec MaxPairs(Vec a, Vec b) {
+  return (Vec)_mm_max_epi16((__m128i)a, (__m128i)b);
+}
+JADDER_INLINE Vec MinPairs(Vec a, Vec b) {
+  return (Vec)_mm_min_epi16((__m128i)a, (__m128i)b);
+}
+JADDER_INLINE Vec MultiplyPairs(Vec a, Vec b) {  // the sum of both products, in 32 bits
+  return (Vec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+}
+JADDER_INLINE Vec ToIntegers(Vec a) { return (Vec)_mm_cvtps_epi32((__m128)a); }
+#else
+JADDER_INLINE Vec MaxPairs(Vec a, Vec b) {
+  const Halves larger = (Halves)a > (Halves)b;
+  return (Vec)((larger & (Halves)a) | (~larger & (Halves)b));
+}
+JADDER_INLINE Vec MinPairs(Vec a, Vec b) {
+  const Halves larger = (Halves)a > (Halves)b;
+  return (Vec)((larger & (Halves)b) | (~larger & (Halves)a));
+}
+JADDER_INLINE Mask EvenHalves(Vec a) { return (Mask)((Mask)a << 16) >> 16; }
+JADDER_INLINE Mask OddHalves(Vec a) { return (Mask)a >> 16; }
+JADDER_INLINE Vec MultiplyPairs(Vec a, Vec b) {  // the sum of both products, in 32 bits
+  return (Vec)(EvenHalves(a) * EvenHalves(b) + OddHalves(a) * OddHalves(b));
+}
+#if defined(__aarch64__)
+JADDER_INLINE Vec ToIntegers(Vec a) { return (Vec)vcvtnq_s32_f32((float32x4_t)a); }
+#else
+JADDER_INLINE Vec ToIntegers(Vec a) {
+  return (Vec)Mask{static_cast<int32_t>(__builtin_rintf(a[0])),
+                   static_cast<int32_t>(__builtin_rintf(a[1])),
+                   static_cast<int32_t>(__builtin_rintf(a[2])),
+                   static_cast<int32_t>(__builtin_rintf(a[3]))};
+}
 #endif
+#endif
+JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddIntegers
+  return AddIntegers(sum, MultiplyPairs(a, b));
+}
+JADDER_INLINE Vec PairOf(Vec low, Vec high) {  // of integers that fit
+  return (Vec)(((Mask)low & 0xffff) | ((Mask)high << 16));
+}
+JADDER_INLINE void StoreHalves(int16_t* p, Vec a) {  // of integers that fit
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<int16_t>(((Mask)a)[i]);
+}
+
+#endif
+
+// AddProducts with a pair that lies in memory.
+JADDER_INLINE Vec AddBroadcastProducts(Vec sum, Vec a, const float* pair) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*pair));
+  return sum;
+#else
+  return AddProducts(sum, a, Broadcast(*pair));
+#endif
+}
 
 // `a - b` on whichever unit is due.
 template <bool kOdd>

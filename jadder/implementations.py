@@ -17,7 +17,9 @@ from jadder.kernels.partitioned import Partitioned
 from jadder.kernels.spec import ConvSpec
 from jadder.warning import AdderWarning
 
-Implementation = Literal["xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "reference"]
+Implementation = Literal[
+    "xla", "cpu", "cpu_fast", "cpu_int16", "mosaic_gpu", "mosaic_tpu", "reference"
+]
 
 
 def _on_many_devices(kernels: Kernels) -> Kernels:
@@ -39,7 +41,8 @@ _KERNELS: Mapping[str, Kernels] = MappingProxyType(
     {
         "xla": _on_many_devices(xla),
         "cpu": _native("cpu", cpu.CpuKernels()),
-        "cpu_fast": _native("cpu_fast", cpu.CpuKernels(fast=True)),
+        "cpu_fast": _native("cpu_fast", cpu.CpuKernels("fast")),
+        "cpu_int16": _native("cpu_int16", cpu.CpuKernels("int16")),
         "reference": reference,
     }
 )
@@ -66,15 +69,17 @@ def implementations() -> dict[str, Availability]:
       Availability(available=True, about='loops that XLA compiles, on any platform')
     """
     missing = cpu.unavailable()
-    native = fast = Availability(False, missing or "")
+    native = fast = int16 = Availability(False, missing or "")
     if missing is None:
         code = f"native code for the CPU ({cpu.instruction_set()}): floats in float32, and bytes"
         native = Availability(True, code)
         fast = Availability(True, f"{code}; forward products a third quicker, less exact")
+        int16 = Availability(True, f"{code}; products and gradients of 16-bit integers, less exact")
     gpu, tpu = (_mosaic(name).unavailable() for name in ("mosaic_gpu", "mosaic_tpu"))
     return {
         "cpu": native,
         "cpu_fast": fast,
+        "cpu_int16": int16,
         "mosaic_gpu": Availability(gpu is None, gpu or "experimental: Pallas for Hopper or newer"),
         "mosaic_tpu": Availability(tpu is None, tpu or "experimental: Pallas for TPU"),
         "reference": Availability(True, "the literal definition, for small tests"),

@@ -16,7 +16,7 @@ FAMILIES = ("adder", "conv", "euclid")
 OPTIMIZERS = ("auto", "sgd", "muon", "adamw")
 RULES = ("default", "addernet", "adder_vit", "wide", "sign")
 # Those of jadder.implementations, which takes a second to import.
-IMPLEMENTATIONS = ("xla", "cpu", "cpu_fast", "mosaic_gpu", "mosaic_tpu", "reference")
+IMPLEMENTATIONS = ("xla", "cpu", "cpu_fast", "cpu_int16", "mosaic_gpu", "mosaic_tpu", "reference")
 DTYPES = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("standard", "randaugment", "none")
 SCALINGS = ("auto", "on", "off")

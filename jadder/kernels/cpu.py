@@ -7,7 +7,7 @@ dimensions; `unsupported` says what is not taken.
 
 On its own it uses the instruction set that the processor has, AVX-512 or AVX2 or the baseline; the
 environment variable ``JADDER_CPU_ISA=avx2`` or ``=baseline`` asks for a lower one. (``=avx512``
-keeps `jadder.integer` from AVX-512's multiplication of bytes, which nothing else uses.)
+keeps `jadder.integer` and "cpu_int16" from AVX-512's VNNI, which nothing else uses.)
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import importlib.resources
 import os
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,12 @@ TARGETS = (
     "conv",
     "conv_dx",
     "conv_dw",
+    "int16_matmul",
+    "int16_matmul_dx",
+    "int16_matmul_dw",
+    "int16_conv",
+    "int16_conv_dx",
+    "int16_conv_dw",
     "integer_matmul",
     "integer_conv",
 )
@@ -64,18 +70,30 @@ def instruction_set() -> str:
 class CpuKernels:
     """The native products.
 
-    With ``fast`` the forward products of floats are Σ_k x + Σ_k w - 2 Σ_k max(x, w): a third
-    quicker, and inexact by rounding errors of Σ|x| + Σ|w| rather than of Σ|x - w|.
+    ``form`` says how products of floats are computed:
+
+    * "exact": in float32, as written.
+    * "fast": forward products as Σ_k x + Σ_k w - 2 Σ_k max(x, w): a third quicker, and inexact by
+      rounding errors of Σ|x| + Σ|w| rather than of Σ|x - w|.
+    * "int16": of operands rounded to multiples of a step, 16-bit integers, whose sums are exact.
+      For y, x and w have the step (max x - min x) / 2046, zero counting among the values of x. For
+      dx, where ψ has a limit = clip.bound / clip.scale, theirs is at most (max|x| + limit) / 3900
+      and that of g max|g| / 8191. What of w lies beyond the values of x, or beyond the limit from
+      them, is not rounded but cut off, and counted apart. For dw with ψ(d) = scale · d, on
+      processors with AVX-512's VNNI, x has the step max|x| / 2047 and g max|g| / 4095, both over
+      256 positions or fewer. Anything else is "exact": values that are not finite, bfloat16
+      gradients, steps that floats do not hold, max|x| > 126 limit, groups narrower than a vector,
+      input dilation, and products that take too few terms of a value to repay its rounding.
     """
 
-    fast: bool = False
+    form: Literal["exact", "fast", "int16"] = "exact"
 
     def matmul(self, x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
         """y[b, m, n] = -Σ_k |x[b, m, k] - w[b, k, n]|."""
         shape = (*x.shape[:2], w.shape[2])
         if jnp.issubdtype(x.dtype, jnp.integer):
             return _call("integer_matmul", shape, jnp.int32, (x, w))
-        return _call("matmul", shape, out_dtype, (x, w), fast=np.bool_(self.fast))
+        return self._forward("matmul", shape, out_dtype, (x, w))
 
     def matmul_dx(
         self,
@@ -90,7 +108,7 @@ class CpuKernels:
         """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
         if clip.is_linear:
             return linear.matmul_dx(x, w, g, clip, out_dtype=out_dtype, precision=precision)
-        return _call("matmul_dx", x.shape, out_dtype, (x, w, g), **_clip(clip))
+        return self._gradient("matmul_dx", x.shape, out_dtype, (x, w, g), **_clip(clip))
 
     def matmul_dw(
         self,
@@ -104,7 +122,7 @@ class CpuKernels:
     ) -> Array:
         """dw[b, k, n] = Σ_m ψ(x[b, m, k] - w[b, k, n]) g[b, m, n], in float32 at least."""
         del precision
-        return _call("matmul_dw", w.shape, out_dtype, (x, w, g), **_clip(clip))
+        return self._gradient("matmul_dw", w.shape, out_dtype, (x, w, g), **_clip(clip))
 
     def conv(self, x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
         """y[b, o, f] = -Σ_{tap, c} |x[b, position(o, tap), c] - w[tap, c, f]|, zeros included."""
@@ -113,8 +131,7 @@ class CpuKernels:
         if jnp.issubdtype(x.dtype, jnp.integer):
             y = _call("integer_conv", shape, jnp.int32, operands, **_spec(spec))
         else:
-            fast = np.bool_(self.fast)
-            y = _call("conv", shape, out_dtype, operands, **_spec(spec), fast=fast)
+            y = self._forward("conv", shape, out_dtype, operands, **_spec(spec))
         return y.reshape(out)
 
     def conv_dx(
@@ -133,7 +150,7 @@ class CpuKernels:
             return linear.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
         operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
         shape = operands[0].shape
-        dx = _call("conv_dx", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
+        dx = self._gradient("conv_dx", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
         return dx.reshape(x.shape)
 
     def conv_dw(
@@ -151,8 +168,32 @@ class CpuKernels:
         del precision
         operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
         shape = operands[1].shape
-        dw = _call("conv_dw", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
+        dw = self._gradient("conv_dw", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
         return dw.reshape(w.shape)
+
+    def _forward(
+        self,
+        target: str,
+        shape: Sequence[int],
+        out_dtype: DTypeLike,
+        operands: Sequence[Array],
+        **attributes: Any,
+    ) -> Array:
+        if self.form == "int16":
+            return _call(f"int16_{target}", shape, out_dtype, operands, **attributes)
+        fast = np.bool_(self.form == "fast")
+        return _call(target, shape, out_dtype, operands, **attributes, fast=fast)
+
+    def _gradient(
+        self,
+        target: str,
+        shape: Sequence[int],
+        out_dtype: DTypeLike,
+        operands: Sequence[Array],
+        **attributes: Any,
+    ) -> Array:
+        name = f"int16_{target}" if self.form == "int16" else target
+        return _call(name, shape, out_dtype, operands, **attributes)
 
 
 def _call(

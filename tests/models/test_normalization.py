@@ -48,6 +48,40 @@ def test_batch_norm_in_training_is_the_literal_formula(leading, features, moment
             )
 
 
+@pytest.mark.parametrize(
+    ("axis", "mean", "options"), [(-1, 0.0, {}), (1, 30.0, {"use_bias": False}),
+                                  (-1, -3.0, {"use_scale": False})],
+)  # fmt: skip
+def test_the_derivatives_of_batch_norm_are_those_of_the_formula(axis, mean, options):
+    """First and second ones, backwards and forwards; Flax's are derived by JAX."""
+    random = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, way = (jnp.asarray(random.normal(m, 2, (3, 2, 2))) for m in (mean, 0))
+        options = options | {"axis": axis, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        found = []
+        for norm in (BatchNorm(2, **options), nnx.BatchNorm(2, use_fast_variance=False, **options)):
+            norm.mean, norm.var = nnx.BatchStat(jnp.zeros(2)), nnx.BatchStat(jnp.ones(2))
+            graph, parameters, rest = nnx.split(norm, nnx.Param, ...)
+            parameters, rest = nnx.to_pure_dict(parameters), nnx.to_pure_dict(rest)
+            parameters = jax.tree.map(lambda a: a + 0.5, parameters)
+
+            def loss(x, parameters, graph=graph, rest=rest):
+                return jnp.sum(jnp.sin(way * nnx.merge(graph, parameters, rest)(x)))
+
+            @jax.jit
+            def derivatives(x, parameters, loss=loss):
+                _, tangent = jax.jvp(lambda x: loss(x, parameters), (x,), (way,))
+                return (
+                    jax.grad(loss, (0, 1))(x, parameters),
+                    tangent,
+                    jax.hessian(loss)(x, parameters),
+                )
+
+            found.append(jax.tree.leaves(derivatives(x, parameters)))
+        for ours, flax in zip(*found, strict=True):
+            np.testing.assert_allclose(ours, flax, rtol=1e-9, atol=1e-9)
+
+
 def test_batch_norm_defaults_are_those_of_pytorch():
     norm = BatchNorm(1, rngs=nnx.Rngs(0))
     y = norm(jnp.array([[0.0], [4.0]]))

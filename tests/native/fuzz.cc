@@ -70,7 +70,7 @@ struct Results {
 std::vector<float> Unset(size_t size) { return std::vector<float>(size, 1e30f); }
 
 void Check(const char* what, const std::vector<float>& actual, const Doubles& expected,
-           double tolerance) {
+           double tolerance, double absolute = 0) {
   double largest = 1;
   for (const double value : expected) {
     if (std::isfinite(value)) largest = std::fmax(largest, std::fabs(value));
@@ -78,13 +78,42 @@ void Check(const char* what, const std::vector<float>& actual, const Doubles& ex
   for (size_t i = 0; i < actual.size(); ++i) {
     const double a = actual[i], b = expected[i];
     const bool same = std::isnan(b) ? std::isnan(a)
-                                    : a == b || std::fabs(a - b) <= tolerance * largest;
+                                    : a == b || std::fabs(a - b) <= tolerance * largest + absolute;
     if (!same) {
       std::printf("%s[%zu] of %zu is %g, not %g\n", what, i, actual.size(), a, b);
       std::fflush(stdout);
       std::abort();
     }
   }
+}
+
+// The largest magnitude of values and zero, or infinity where one is not finite.
+double Largest(const Doubles& values) {
+  double largest = 0;
+  for (const double value : values) {
+    if (!std::isfinite(value)) return INFINITY;
+    largest = std::fmax(largest, std::fabs(value));
+  }
+  return largest;
+}
+
+// The most that rounding to 16-bit integers takes from sums of so many terms.
+double MaxRounding(int64_t terms, const Doubles& x) {
+  const double step = 2 * Largest(x) / 2046;
+  return std::isfinite(step) ? static_cast<double>(terms) * step : 0;
+}
+double ClipRounding(int64_t terms, const Psi& psi, const Doubles& x, const Doubles& g) {
+  const double limit = psi.bound / psi.scale, largest = Largest(g);
+  const double step = (Largest(x) + limit) / 3900;
+  if (std::isinf(psi.scale) || !std::isfinite(step) || !std::isfinite(largest)) return 0;
+  const double rounding = step * largest + limit * largest / 8191;
+  return static_cast<double>(terms) * psi.scale * rounding;
+}
+
+double OuterRounding(int64_t terms, const Psi& psi, const Doubles& x, const Doubles& g) {
+  if (!std::isinf(psi.bound)) return 0;
+  const double largest = Largest(x) * Largest(g);
+  return static_cast<double>(terms) * psi.scale * largest * (0.5 / 2047 + 0.5 / 4095 + 1e-6);
 }
 
 MatmulShape RandomMatmul(Random& random) {
@@ -140,13 +169,25 @@ void TryMatmul(const Kernels& kernels, Pool& pool, Random& random) {
   out = Unset(expected.y.size());
   Matmul<T>(kernels, pool, s, Product::kMax, x_data, w_data, out.data());
   Check("fast y", out, expected.y, 1e-5);
+  out = Unset(expected.y.size());
+  Matmul<T>(kernels, pool, s, Product::kPairMax, x_data, w_data, out.data());
+  Check("int16 y", out, expected.y, 1e-5,
+        MaxRounding(s.depth, x.value));
   out = Unset(expected.dx.size());
-  MatmulDx<T>(kernels, pool, s, Form::Gradient(psi.scale, psi.bound), x_data, w_data, g_data,
-              out.data());
+  const Form form = Form::Gradient(psi.scale, psi.bound);
+  MatmulDx<T>(kernels, pool, s, form, false, x_data, w_data, g_data, out.data());
   Check("dx", out, expected.dx, 1e-4);
+  out = Unset(expected.dx.size());
+  MatmulDx<T>(kernels, pool, s, form, true, x_data, w_data, g_data, out.data());
+  Check("int16 dx", out, expected.dx, 1e-4,
+        ClipRounding(s.columns, psi, x.value, g.value));
   out = Unset(expected.dw.size());
-  MatmulDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, x_data, w_data, g_data, out.data());
+  MatmulDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, false, x_data, w_data, g_data,
+              out.data());
   Check("dw", out, expected.dw, 1e-4);
+  out = Unset(expected.dw.size());
+  MatmulDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, true, x_data, w_data, g_data, out.data());
+  Check("int16 dw", out, expected.dw, 1e-4, OuterRounding(s.rows, psi_w, x.value, g.value));
 }
 
 ConvShape RandomConv(Random& random) {
@@ -226,13 +267,27 @@ void TryConv(const Kernels& kernels, Pool& pool, Random& random) {
   out = Unset(expected.y.size());
   Conv<T>(kernels, pool, s, Product::kMax, x_data, w_data, out.data());
   Check("fast conv y", out, expected.y, 1e-5);
+  const int64_t taps = s.window[0] * s.window[1];
+  out = Unset(expected.y.size());
+  Conv<T>(kernels, pool, s, Product::kPairMax, x_data, w_data, out.data());
+  Check("int16 conv y", out, expected.y, 1e-5,
+        MaxRounding(taps * s.channels / s.groups, x.value));
   out = Unset(expected.dx.size());
-  ConvDx<T>(kernels, pool, s, Form::Gradient(psi.scale, psi.bound), x_data, w_data, g_data,
-            out.data());
+  const Form form = Form::Gradient(psi.scale, psi.bound);
+  ConvDx<T>(kernels, pool, s, form, false, x_data, w_data, g_data, out.data());
   Check("conv dx", out, expected.dx, 1e-4);
+  out = Unset(expected.dx.size());
+  ConvDx<T>(kernels, pool, s, form, true, x_data, w_data, g_data, out.data());
+  Check("int16 conv dx", out, expected.dx,
+        1e-4, ClipRounding(taps * s.filters / s.groups, psi, x.value, g.value));
   out = Unset(expected.dw.size());
-  ConvDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, x_data, w_data, g_data, out.data());
+  ConvDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, false, x_data, w_data, g_data, out.data());
   Check("conv dw", out, expected.dw, 1e-4);
+  out = Unset(expected.dw.size());
+  ConvDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, true, x_data, w_data, g_data, out.data());
+  const int64_t positions = s.batch * s.out[0] * s.out[1];
+  Check("int16 conv dw", out, expected.dw, 1e-4,
+        OuterRounding(positions, psi_w, x.value, g.value));
 }
 
 }  // namespace

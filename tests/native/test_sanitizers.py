@@ -30,8 +30,8 @@ if IS_X86:
     AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", *AVX2)
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512}
 
-# What integer programs alone know, and take unless less is asked for.
-PROGRAM_INSTRUCTION_SETS = {"avx512vnni": (*AVX512, "-mavx512vnni")} if IS_X86 else {}
+# What integer programs and products of 16-bit integers know, and take unless less is asked for.
+VNNI_INSTRUCTION_SETS = {"avx512vnni": (*AVX512, "-mavx512vnni")} if IS_X86 else {}
 
 # A deadlock ends here; a slow machine does not.
 TIMEOUT_SECONDS = 600
@@ -104,10 +104,10 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for name, extra in reversed(INSTRUCTION_SETS.items())
         for source in kernels
     ]
-    programs = SOURCES / "program_kernels.cc"
     jobs += [
-        (programs, directory / f"{programs.stem}_{name}.o", extra)
-        for name, extra in PROGRAM_INSTRUCTION_SETS.items()
+        (SOURCES / f"{stem}.cc", directory / f"{stem}_{name}.o", extra)
+        for name, extra in VNNI_INSTRUCTION_SETS.items()
+        for stem in ("kernels", "program_kernels")
     ]
     jobs += [(source, directory / f"{source.stem}.o", ()) for source in sorted(others)]
     return Build(command, directory, _compile_all(command, jobs))
@@ -121,7 +121,10 @@ def test_products_under_sanitizer(
     program = build.directory / driver
     _run([*build.command, NATIVE / f"{driver}.cc", *build.objects, "-o", program])
     ran = set()
-    sets = [*INSTRUCTION_SETS, *(PROGRAM_INSTRUCTION_SETS if driver == "programs" else ())]
+    sets = [
+        *INSTRUCTION_SETS,
+        *(VNNI_INSTRUCTION_SETS if driver in ("fuzz", "programs") else ()),
+    ]
     for name in sets:
         output = _run([program, "1", str(cases), str(threads)], JADDER_CPU_ISA=name)
         assert f"{3 * cases} cases agree" in output

@@ -1,0 +1,1 @@
+"""Whole networks beside PyTorch's multiplying ones: `python -m benchmarks.torch`."""
