@@ -92,18 +92,26 @@ def test_xla_products_in_a_process_without_jadder(net, tmp_path):
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="no native code here")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
-def test_every_native_product_is_among_the_checks(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "implementation"),
+    [(jnp.float32, "cpu"), (jnp.float32, "cpu_int16"), (jnp.int8, "cpu")],
+)
+def test_every_native_product_is_among_the_checks(dtype, implementation):
     """Products and both gradients, of matmuls and convolutions, of floats and of bytes."""
     x, w = jnp.ones((1, 4, 4, 2), dtype), jnp.ones((3, 3, 2, 3), dtype)
     wide = None if dtype == jnp.float32 else jnp.int32
 
+    options = {"rule": jadder.SIGN, "implementation": implementation}
+    kind = "integer" if wide else "int16" if implementation == "cpu_int16" else ""
+
     def products(x, w):
-        y = jadder.adder_conv(x, w, rule=jadder.SIGN, preferred_element_type=wide)
-        flat = jadder.adder_matmul(x[0, 0], w[0, 0], rule=jadder.SIGN, preferred_element_type=wide)
+        y = jadder.adder_conv(x, w, preferred_element_type=wide, **options)
+        flat = jadder.adder_matmul(x[0, 0], w[0, 0], preferred_element_type=wide, **options)
         return y.sum() + flat.sum()
 
     function = products if wide else jax.value_and_grad(products, (0, 1))
     file = jax.export.export(jax.jit(function), disabled_checks=jadder.DISABLED_CHECKS)(x, w)
     called = {target for target in cpu.TARGETS if f"@jadder_{target}(" in file.mlir_module()}
-    assert called == {name for name in cpu.TARGETS if name.startswith("integer") == bool(wide)}
+    kinds = {name: next((k for k in ("integer", "int16") if name.startswith(k)), "")
+             for name in cpu.TARGETS}  # fmt: skip
+    assert called == {name for name, its in kinds.items() if its == kind}
