@@ -21,11 +21,11 @@ from matplotlib.ticker import MaxNLocator
 from experiments.common.allocation import restart_with_huge_pages
 from experiments.common.drawing import new_figure, save
 from experiments.studies.command import Experiment, Place
+from experiments.studies.keep import Step, keeping
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.study import Trained, TrainingOptions, train
 from experiments.training.build import build_model
 from experiments.training.config import TrainConfig
-from experiments.training.optimizer import ADDERNET
 from experiments.training.run import Run
 
 ABOUT = """\
@@ -38,10 +38,8 @@ kernel. The first study found gradients that vanish from layer to layer; adaptiv
 last layer multiply in each of the networks.
 """
 TRAINING = TrainingOptions(
-    full=TrainConfig(**ADDERNET, model="resnet20", dataset="cifar10", epochs=3),
-    smoke=TrainConfig(
-        **ADDERNET, model="lenet5", epochs=2, limit_train=128, batch_size=32, image_size=8
-    ),
+    full=TrainConfig(model="resnet20", dataset="cifar10", epochs=3),
+    smoke=TrainConfig(model="lenet5", epochs=2, limit_train=128, batch_size=32, image_size=8),
 )
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "adder, scaled": {"family": ("adder",), "adaptive_scaling": "on"},
@@ -94,14 +92,9 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
 # -- recording -------------------------------------------------------------------------------------
 
 
-class RecordingState(NamedTuple):
-    """The optimizer's state, and the sizes of all steps so far.
+class Record(NamedTuple):
+    """The sizes of all steps so far: (steps, leaves), in the order of `jax.tree.leaves`."""
 
-    `gradients` and `updates` are (steps, leaves), the leaves in the order of `jax.tree.leaves`.
-    """
-
-    inner: optax.OptState
-    step: jax.Array
     gradients: jax.Array
     updates: jax.Array
 
@@ -116,28 +109,22 @@ def recording(tx: optax.GradientTransformation, steps: int) -> optax.GradientTra
     Example:
         >>> tx = recording(optax.sgd(0.1), steps=2)
         >>> _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
-        >>> bool(jnp.allclose(state.gradients[0], (25 / 2) ** 0.5)), state.gradients[1].tolist()
+        >>> gradients = state.record.gradients
+        >>> bool(jnp.allclose(gradients[0], (25 / 2) ** 0.5)), gradients[1].tolist()
         (True, [0.0])
     """
 
-    def init(params: optax.Params) -> RecordingState:
+    def begin(params: optax.Params) -> Record:
         shape = (steps, len(jax.tree.leaves(params)))
-        return RecordingState(
-            tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros(shape), jnp.zeros(shape)
+        return Record(jnp.zeros(shape), jnp.zeros(shape))
+
+    def after(record: Record, step: Step) -> Record:
+        return Record(
+            record.gradients.at[step.number].set(sizes(step.gradients)),
+            record.updates.at[step.number].set(sizes(step.updates)),
         )
 
-    def update(
-        gradients: optax.Updates, state: RecordingState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, RecordingState]:
-        updates, inner = tx.update(gradients, state.inner, params)
-        return updates, RecordingState(
-            inner,
-            state.step + 1,
-            state.gradients.at[state.step].set(sizes(gradients)),
-            state.updates.at[state.step].set(sizes(updates)),
-        )
-
-    return optax.GradientTransformation(init, update)
+    return keeping(tx, begin, after)
 
 
 def sizes(tree: Any) -> jax.Array:
@@ -154,7 +141,7 @@ def root_mean_square(leaf: jax.Array) -> jax.Array:
 
 def recorded(run: Run) -> dict[str, Sizes]:
     """The sizes of every kernel's gradients and updates, from the state of a finished run."""
-    state: RecordingState = run.state["optimizer"]
+    record: Record = run.state["optimizer"].record
     leaves = jax.tree_util.tree_leaves_with_path(run.state["params"])
     places = {tuple(str(key.key) for key in path): i for i, (path, _) in enumerate(leaves)}
     model = build_model(run.config, run.family, run.dataset)
@@ -163,7 +150,7 @@ def recorded(run: Run) -> dict[str, Sizes]:
         for path in parameter_paths(model)
         if path[-1] == "kernel"
     }
-    gradients, updates = np.asarray(state.gradients), np.asarray(state.updates)
+    gradients, updates = np.asarray(record.gradients), np.asarray(record.updates)
     return {
         name: {layer: [float(f"{size:.4g}") for size in table[:, i]]
                for layer, i in kernels.items()}

@@ -12,7 +12,6 @@ from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.study import Trained, TrainingOptions, families, train, with_seeds
 from experiments.training.config import FAMILIES, TrainConfig
 from experiments.training.curves import draw
-from experiments.training.optimizer import ADDERNET
 from experiments.training.run import Run
 
 ABOUT = """\
@@ -27,17 +26,9 @@ LeNet-5 for digits, MNIST and Fashion-MNIST; ResNet-20 for CIFAR-10, with a reci
 each family. The 120 steps fit all images of the former, not of CIFAR-10, adding or multiplying.
 """
 TRAINING = TrainingOptions(
-    full=TrainConfig(
-        **ADDERNET, model="auto", epochs=20, batch_size=16, limit_train=100, augment="none"
-    ),
+    full=TrainConfig(model="auto", epochs=20, batch_size=16, limit_train=100, augment="none"),
     smoke=TrainConfig(
-        **ADDERNET,
-        model="lenet5",
-        epochs=20,
-        batch_size=16,
-        limit_train=100,
-        augment="none",
-        image_size=8,
+        model="lenet5", epochs=20, batch_size=16, limit_train=100, augment="none", image_size=8
     ),
     seeds=(0, 1, 2),
 )

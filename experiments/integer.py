@@ -46,7 +46,7 @@ TRAINING = TrainingOptions(
     full=TrainConfig(model="auto", dataset="cifar10", epochs=10),
     smoke=TrainConfig(model="lenet5", epochs=1, limit_train=64, batch_size=32, image_size=8),
 )
-ADDER: Mapping[str, Any] = {"model_options": ("norm=centered_batch",)}
+ADDER: Mapping[str, Any] = {"eta": 0.4, "model_options": ("norm=centered_batch",)}
 """What changes for adder networks on CIFAR-10, as in resnet20.py."""
 
 

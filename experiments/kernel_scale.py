@@ -22,13 +22,14 @@ from experiments.common.errors import UserError
 from experiments.images.augment import normalize
 from experiments.images.dataset import Dataset
 from experiments.studies.command import Experiment, Place
+from experiments.studies.keep import Step, keeping
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.ranges import Range, ranges
 from experiments.studies.study import Trained, TrainingOptions, train
 from experiments.training.build import build_model
 from experiments.training.config import TrainConfig
 from experiments.training.data import dataset_of
-from experiments.training.optimizer import ADDERNET
+from experiments.training.optimizer import INSIDE
 from experiments.training.run import Run
 from jadder.models import load_torch_state
 from jadder.nn import AdderKernel
@@ -51,9 +52,9 @@ TRAINING = TrainingOptions(
     ),
 )
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "AdderNet's recipe": ADDERNET,
-    "centred": {**ADDERNET, "eta": 0.4, "model_options": ("norm=centered_batch",)},
-    "kept inside": {"model_options": ("norm=centered_batch",)},
+    "AdderNet's recipe": {"eta": 0.2},
+    "centred": {"eta": 0.4, "model_options": ("norm=centered_batch",)},
+    "kept inside": {**INSIDE, "model_options": ("norm=centered_batch",)},
 }
 IMAGES = 256
 """Training images on which inputs are looked at."""
@@ -111,15 +112,13 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
 # -- recording -------------------------------------------------------------------------------------
 
 
-class LookingState(NamedTuple):
-    """The optimizer's state, and what it has seen.
+class Record(NamedTuple):
+    """What has been seen so far.
 
     `params` are the parameters after each part of the run, along a new first axis; `flips` is
     (parts, leaves), the share of a leaf's elements that changed their sign, summed over the steps.
     """
 
-    inner: optax.OptState
-    step: jax.Array
     params: Any
     flips: jax.Array
 
@@ -138,32 +137,24 @@ def looking(
         >>> tx = looking(optax.sgd(1.0), steps=2, parts=1)
         >>> params = jnp.array([0.5, 3.0])
         >>> _, state = tx.update(jnp.ones(2), tx.init(params), params)
-        >>> state.params.tolist(), state.flips.tolist()
+        >>> state.record.params.tolist(), state.record.flips.tolist()
         ([[-0.5, 2.0]], [[0.5]])
     """
 
-    def init(params: optax.Params) -> LookingState:
+    def begin(params: optax.Params) -> Record:
         kept = jax.tree.map(lambda p: jnp.zeros((parts, *p.shape), p.dtype), params)
-        flips = jnp.zeros((parts, len(jax.tree.leaves(params))))
-        return LookingState(tx.init(params), jnp.zeros((), jnp.int32), kept, flips)
+        return Record(kept, jnp.zeros((parts, len(jax.tree.leaves(params)))))
 
-    def update(
-        gradients: optax.Updates, state: LookingState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, LookingState]:
-        if params is None:
-            raise ValueError("looking: update needs the parameters")
-        updates, inner = tx.update(gradients, state.inner, params)
-        new = optax.apply_updates(params, updates)
-        part = jnp.minimum(state.step * parts // steps, parts - 1)
-        changed = jax.tree.map(lambda a, b: jnp.mean((a < 0) != (b < 0)), params, new)
-        return updates, LookingState(
-            inner,
-            state.step + 1,
-            jax.tree.map(lambda kept, p: kept.at[part].set(p), state.params, new),
-            state.flips.at[part].add(jnp.stack(jax.tree.leaves(changed))),
+    def after(record: Record, step: Step) -> Record:
+        part = jnp.minimum(step.number * parts // steps, parts - 1)
+        new = step.new_params
+        changed = jax.tree.map(lambda a, b: jnp.mean((a < 0) != (b < 0)), step.params, new)
+        return Record(
+            jax.tree.map(lambda kept, p: kept.at[part].set(p), record.params, new),
+            record.flips.at[part].add(jnp.stack(jax.tree.leaves(changed))),
         )
 
-    return optax.GradientTransformation(init, update)
+    return keeping(tx, begin, after)
 
 
 class Seen(NamedTuple):
@@ -182,8 +173,8 @@ class Seen(NamedTuple):
 
 def looks(run: Run) -> Seen:
     """`Seen` of a finished run."""
-    state: LookingState = run.state["optimizer"]
-    parts = len(state.flips)
+    record: Record = run.state["optimizer"].record
+    parts = len(record.flips)
     # The first step of part i is the first one with step · parts // steps = i.
     ends = [-(-part * run.total_steps // parts) for part in range(parts + 1)]
     model = build_model(run.config, run.family, run.dataset)
@@ -192,7 +183,7 @@ def looks(run: Run) -> Seen:
     seen = [ranges(model, images)]
     params = nnx.state(model, nnx.Param)
     for part in range(parts):
-        nnx.replace_by_pure_dict(params, jax.tree.map(lambda p, i=part: p[i], state.params))
+        nnx.replace_by_pure_dict(params, jax.tree.map(lambda p, i=part: p[i], record.params))
         nnx.update(model, params)
         seen.append(ranges(model, images))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(params))
@@ -202,7 +193,7 @@ def looks(run: Run) -> Seen:
         path = tuple(key.key for key in keys)
         if path in kernels:
             places[_name(path)] = place
-    flips = np.asarray(state.flips) / np.diff(ends)[:, None]
+    flips = np.asarray(record.flips) / np.diff(ends)[:, None]
     return Seen(
         ends,
         seen,

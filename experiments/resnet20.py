@@ -18,24 +18,23 @@ from experiments.studies.study import (
     with_seeds,
 )
 from experiments.training.config import FAMILIES, TrainConfig
-from experiments.training.optimizer import ADDERNET
+from experiments.training.optimizer import INSIDE
 
 ABOUT = """\
 ResNet-20 on CIFAR-10: adder, conv and euclid at equal budget.
 
 SGD with rate 0.1, momentum 0.9, weight decay 5e-4, crop and flip; one epoch of warm-up and a
 cosine over the run's length, whatever that is: --epochs 10, 30 and 100 are short budgets with a
-schedule of their own. The adder network has eta = 0.1 in adaptive scaling then, kernels that are
-kept between -0.25 and 2.5, where their inputs are, and takes the mean over the channels away before
-each batch normalisation (norm=centered_batch). --recipe free lets kernels go where steps of eta =
-0.4 take them. --recipe addernet is that of AdderNet's paper (Chen et al., 2020): 400 epochs at
-batch 256, eta = 0.2, batch normalisation alone. The small size is of LeNet-5, which compiles
-sooner.
+schedule of their own. The adder network has eta = 0.4 in adaptive scaling then, and takes the mean
+over the channels away before each batch normalisation (norm=centered_batch). --recipe inside keeps
+its kernels where their inputs are, with steps of eta = 0.1. --recipe addernet is that of AdderNet's
+paper (Chen et al., 2020): 400 epochs at batch 256, eta = 0.2, batch normalisation alone. The small
+size is of LeNet-5, which compiles sooner.
 """
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "short": {"model_options": ("norm=centered_batch",)},
-    "free": {**ADDERNET, "eta": 0.4, "model_options": ("norm=centered_batch",)},
-    "addernet": ADDERNET,
+    "short": {"eta": 0.4, "model_options": ("norm=centered_batch",)},
+    "inside": {**INSIDE, "model_options": ("norm=centered_batch",)},
+    "addernet": {"eta": 0.2},
 }
 """What each changes of an adder network's training."""
 TRAINING = TrainingOptions(

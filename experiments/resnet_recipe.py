@@ -6,7 +6,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from experiments.common.drawing import save
 from experiments.images.augment import normalize, random_crop, random_flip
 from experiments.studies.ablations import check_teachers, find_teacher, picture
 from experiments.studies.command import Experiment, Place
+from experiments.studies.keep import Step, keeping
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.study import (
     Trained,
@@ -31,6 +32,7 @@ from experiments.studies.study import (
 )
 from experiments.training import steps
 from experiments.training.config import TrainConfig
+from experiments.training.optimizer import INSIDE
 from experiments.training.run import Run
 from jadder.models import update_statistics
 
@@ -47,14 +49,14 @@ network are tried on the multiplying twin as well. Of every run the moving avera
 judged too, with batch statistics of its own.
 """
 _CENTRED = ("norm=centered_batch",)
-_FREE: Mapping[str, Any] = {"free_kernels": True}
-_TWIN: Mapping[str, Any] = {"family": ("conv",), "model_options": ()}
+_FREE: Mapping[str, Any] = {"kernel_min": None, "kernel_max": None}
+_TWIN: Mapping[str, Any] = {"family": ("conv",), "model_options": (), **_FREE}
 CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "recipe": {},
         "twin": _TWIN,
         "kernels free, eta 0.4": {**_FREE, "eta": 0.4},
-        "kernels free": {**_FREE, "eta": 0.1},
+        "kernels free": _FREE,
         "eta 0.2": {"eta": 0.2},
         "eta 0.05": {"eta": 0.05},
         "batch 64": {"batch_size": 64},
@@ -79,11 +81,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 TRAINING = TrainingOptions(
     full=TrainConfig(
         model="resnet8", family=("adder",), dataset="cifar10", epochs=8, limit_train=20_000,
-        validation=5_000, model_options=_CENTRED,
+        validation=5_000, model_options=_CENTRED, **INSIDE,
     ),
     smoke=TrainConfig(
         model="lenet5", family=("adder",), epochs=1, limit_train=64, batch_size=32, validation=64,
-        image_size=8,
+        image_size=8, model_options=_CENTRED, **INSIDE,
     ),
     seeds=(0, 1),
 )  # fmt: skip
@@ -106,7 +108,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     names = options.changes or (tuple(CHANGES)[:1] if options.smoke else tuple(CHANGES))
     check_teachers(names, CHANGES)
     # In the order of CHANGES, which has teachers before those who learn from them.
-    plans = {name: _plan(config, CHANGES[name]) for name in CHANGES if name in names}
+    plans = {name: changed(config, CHANGES[name]) for name in CHANGES if name in names}
     seeded = with_seeds(plans, TRAINING.chosen_seeds(options))
     runs = train(
         {label: find_teacher(plan, place) for label, plan in seeded.items()}, place,
@@ -124,20 +126,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
     )
 
 
-def _plan(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """The change's configuration; LeNet-5, of the small size, has no centred normalisation."""
-    plan = changed(config, changes)
-    return dataclasses.replace(plan, model_options=()) if plan.model == "lenet5" else plan
-
-
 # -- averages of weights ---------------------------------------------------------------------------
-
-
-class AveragingState(NamedTuple):
-    """The optimizer's state, and the moving average of the parameters."""
-
-    inner: optax.OptState
-    average: Any
 
 
 def averaging(tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
@@ -150,29 +139,23 @@ def averaging(tx: optax.GradientTransformation, steps: int) -> optax.GradientTra
     Example:
         >>> tx = averaging(optax.sgd(1.0), steps=8)
         >>> _, state = tx.update(jnp.ones(1), tx.init(jnp.zeros(1)), jnp.zeros(1))
-        >>> state.average.tolist()  # half of the way to -1
+        >>> state.record.tolist()  # half of the way to -1
         [-0.5]
     """
     share = 1 / min(AVERAGE_OVER, max(1, steps // 4))
 
-    def init(params: optax.Params) -> AveragingState:
-        return AveragingState(tx.init(params), jax.tree.map(jnp.copy, params))
+    def begin(params: optax.Params) -> optax.Params:
+        return jax.tree.map(jnp.copy, params)
 
-    def update(
-        gradients: optax.Updates, state: AveragingState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, AveragingState]:
-        if params is None:
-            raise ValueError("averaging: update needs the parameters")
-        updates, inner = tx.update(gradients, state.inner, params)
-        new = optax.apply_updates(params, updates)
-        return updates, AveragingState(inner, optax.incremental_update(new, state.average, share))
+    def after(average: optax.Params, step: Step) -> optax.Params:
+        return optax.incremental_update(step.new_params, average, share)
 
-    return optax.GradientTransformation(init, update)
+    return keeping(tx, begin, after)
 
 
 def accuracy_of_average(run: Run) -> float:
     """Of a finished run's averaged weights, with statistics of 64 augmented training batches."""
-    average = run.state["optimizer"].average
+    average = run.state["optimizer"].record
     model = nnx.merge(run.graphdef, average, run.state["model"])
     update_statistics(model, _batches(run, 64))
     _, params, rest = steps.split(model)

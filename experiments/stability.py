@@ -16,7 +16,6 @@ from experiments.studies.command import Experiment, Place
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.study import Trained, TrainingOptions, train
 from experiments.training.config import OPTIMIZERS, TrainConfig
-from experiments.training.optimizer import ADDERNET
 
 ABOUT = """\
 HT(d) against HT(4d), with and without adaptive scaling, over a grid of learning rates.
@@ -27,10 +26,8 @@ training accuracy of its last epoch is below twice chance. Under Adam, whose ste
 the gradient's size, scaling can only change how the steps of a kernel weigh against each other.
 """
 TRAINING = TrainingOptions(
-    full=TrainConfig(**ADDERNET, model="vit", dataset="cifar10", epochs=4, limit_train=5000),
-    smoke=TrainConfig(
-        **ADDERNET, model="lenet5", epochs=1, limit_train=64, batch_size=32, image_size=8
-    ),
+    full=TrainConfig(model="vit", dataset="cifar10", epochs=4, limit_train=5000),
+    smoke=TrainConfig(model="lenet5", epochs=1, limit_train=64, batch_size=32, image_size=8),
 )
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SMOKE_RATES = (0.1, 1e30)

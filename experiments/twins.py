@@ -20,7 +20,6 @@ from experiments.studies.study import (
 )  # fmt: skip
 from experiments.training.config import FAMILIES, TrainConfig
 from experiments.training.curves import draw, draw_times
-from experiments.training.optimizer import ADDERNET
 
 ABOUT = """\
 The same network adding, multiplying and in squared distances: accuracy and seconds of each epoch.
@@ -31,8 +30,8 @@ meanwhile spoils them. The first study's convolution took a tenth of the time of
 and learned, where the adder layer did not.
 """
 TRAINING = TrainingOptions(
-    full=TrainConfig(**ADDERNET, dataset="mnist", epochs=10),
-    smoke=TrainConfig(**ADDERNET, epochs=2, limit_train=64, batch_size=32, image_size=8),
+    full=TrainConfig(dataset="mnist", epochs=10),
+    smoke=TrainConfig(epochs=2, limit_train=64, batch_size=32, image_size=8),
 )
 
 

@@ -118,8 +118,9 @@ def clip_adder_kernels(
     experiments/kernel_scale.py). An element may come back from just outside of the range at once,
     as the latent weights of binary networks may, which are clipped likewise (Courbariaux et al.,
     2015). For inputs that are not negative and of a normalisation's size, all elements below zero
-    are one function, and so are those above every input: the default bounds, from experiments
-    (see experiments/README.md), take little but the distance of the way back.
+    are one function, and so are those above every input: the default bounds take little but the
+    distance of the way back. With them steps want to be smaller, eta = 0.1; whether a network gains
+    by it is told in docs/experiments/recipe.md.
 
     Args:
       min: lower bound, or None for none.

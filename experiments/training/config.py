@@ -176,27 +176,17 @@ class TrainConfig:
         "adamw, whose steps do not depend on the gradient's scale",
         choices=SCALINGS,
     )
-    eta: float | None = _option(
-        None,
+    eta: float = _option(
+        0.2,
         "training",
         "adaptive scaling: size of the adder layers' steps; muon: root mean square of each step "
-        "before the learning rate; default: 0.1, where kernels have no bounds 0.2",
-        metavar="SIZE",
+        "before the learning rate",
     )
     kernel_min: float | None = _option(
-        None,
-        "training",
-        "keep adder kernels at or above this; default: -0.25, for transformers and adamw none",
-        metavar="W",
+        None, "training", "keep adder kernels at or above this", metavar="W"
     )
     kernel_max: float | None = _option(
-        None,
-        "training",
-        "keep adder kernels at or below this; default: 2.5, for transformers and adamw none",
-        metavar="W",
-    )
-    free_kernels: bool = _option(
-        False, "training", "let adder kernels go wherever steps take them, as AdderNet does"
+        None, "training", "keep adder kernels at or below this", metavar="W"
     )
     adder_rate: float = _option(
         30.0,
@@ -307,8 +297,9 @@ class TrainConfig:
                 raise UserError(
                     f"{flag(field)} must be a number of at most {LARGEST:g}, got {value}"
                 )
-        if self.free_kernels and (self.kernel_min, self.kernel_max) != (None, None):
-            raise UserError("--free-kernels has no --kernel-min and no --kernel-max")
+        low, high = self.kernel_min, self.kernel_max
+        if low is not None and high is not None and low > high:
+            raise UserError(f"--kernel-min must be at most --kernel-max {high}, got {low}")
         if self.momentum >= 1:
             raise UserError(f"--momentum must be below 1, got {self.momentum}")
         if self.label_smoothing >= 1:
@@ -371,9 +362,7 @@ class TrainConfig:
         """The fields that decide a run's numbers."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["model_options"] = self.model_arguments()
-        # Of free_kernels the recipe's bounds tell, which are said beside these.
-        left_out = {*PLACES, "free_kernels"}
-        return {name: value for name, value in fields.items() if name not in left_out}
+        return {name: value for name, value in fields.items() if name not in PLACES}
 
     def model_arguments(self) -> dict[str, Any]:
         """`model_options` as keyword arguments: numbers, True, False, None, else strings.
@@ -436,8 +425,6 @@ def from_record(saved: Mapping[str, Any], where: Path) -> TrainConfig:
         options[field.name] = entry(saved, field.name, _kinds(field), where)
     model_options = entry({"model_options": {}, **saved}, "model_options", dict, where)
     options["model_options"] = tuple(f"{name}={value}" for name, value in model_options.items())
-    bounds = options.get("kernel_min"), options.get("kernel_max")
-    options["free_kernels"] = bounds == (None, None)
     for field in dataclasses.fields(TrainConfig):
         choices, given = field.metadata.get("choices"), options.get(field.name)
         values = given if isinstance(given, tuple) else (given,)

@@ -10,14 +10,11 @@ import optax
 import optax.contrib
 
 import jadder.optim
-from experiments.common.errors import UserError
 from experiments.training.config import TrainConfig
 
 TRANSFORMERS = ("vit", "swin")
-ADDERNET: Mapping[str, Any] = {"eta": 0.2, "free_kernels": True}
-"""What AdderNet's recipe changes of the default one."""
-KERNEL_MIN, KERNEL_MAX = -0.25, 2.5
-"""Where inputs are that come from a normalisation and a ReLU, and a little below."""
+INSIDE: Mapping[str, Any] = {"eta": 0.1, "kernel_min": -0.25, "kernel_max": 2.5}
+"""Options that keep adder kernels where inputs are that come from a normalisation and a ReLU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,35 +24,18 @@ class Recipe:
     optimizer: str
     learning_rate: float
     weight_decay: float
-    eta: float
-    kernel_min: float | None
-    kernel_max: float | None
 
 
 def choose(config: TrainConfig) -> Recipe:
-    """Fills in what the configuration leaves to the model: adamw for transformers, else sgd.
-
-    Raises:
-        UserError: a bound of adder kernels that lies beyond the other one.
-    """
+    """Fills in what the configuration leaves to the model: adamw for transformers, else sgd."""
     name = config.optimizer
     if name == "auto":
         name = "adamw" if config.model in TRANSFORMERS else "sgd"
     rate, decay = {"adamw": (1e-3, 0.05)}.get(name, (0.1, 5e-4))
-    free = config.free_kernels or name == "adamw" or config.model in TRANSFORMERS
-    low, high = (None, None) if free else (KERNEL_MIN, KERNEL_MAX)
-    low = low if config.kernel_min is None else config.kernel_min
-    high = high if config.kernel_max is None else config.kernel_max
-    if low is not None and high is not None and low > high:
-        raise UserError(f"--kernel-min must be at most --kernel-max {high}, got {low}")
-    eta = 0.2 if free else 0.1
     return Recipe(
         name,
         rate if config.learning_rate is None else config.learning_rate,
         decay if config.weight_decay is None else config.weight_decay,
-        eta if config.eta is None else config.eta,
-        low,
-        high,
     )
 
 
@@ -78,7 +58,7 @@ def make(
 ) -> optax.GradientTransformation:
     """The transformation of the recipe; `mask` tells adder kernels from other parameters."""
     parts = _BY_NAME[recipe.optimizer](config, recipe, schedule, mask)
-    low, high = recipe.kernel_min, recipe.kernel_max
+    low, high = config.kernel_min, config.kernel_max
     if low is not None or high is not None:
         parts.append(jadder.optim.clip_adder_kernels(low, high, mask=mask))
     # A chain of one would have checkpoints of another structure than those of earlier versions.
@@ -91,7 +71,7 @@ Parts = list[optax.GradientTransformation]
 
 def _sgd(config: TrainConfig, recipe: Recipe, schedule: optax.Schedule, mask: Any) -> Parts:
     """AdderNet's recipe, `jadder.adder_sgd`, with what options change of it."""
-    scaling = jadder.optim.scale_by_adder(recipe.eta, mask=mask)
+    scaling = jadder.optim.scale_by_adder(config.eta, mask=mask)
     return [
         *([] if config.adaptive_scaling == "off" else [scaling]),
         *_plain_sgd(config, recipe, schedule),
@@ -110,7 +90,7 @@ def _plain_sgd(config: TrainConfig, recipe: Recipe, schedule: optax.Schedule) ->
 
 
 def _adamw(config: TrainConfig, recipe: Recipe, schedule: optax.Schedule, mask: Any) -> Parts:
-    scaling = jadder.optim.scale_by_adder(recipe.eta, mask=mask)
+    scaling = jadder.optim.scale_by_adder(config.eta, mask=mask)
     adamw = jadder.optim.adder_adamw(
         schedule,
         weight_decay=recipe.weight_decay,
@@ -145,7 +125,7 @@ def _muon(config: TrainConfig, recipe: Recipe, schedule: optax.Schedule, mask: A
         schedule,
         beta=config.momentum,
         weight_decay=recipe.weight_decay,
-        consistent_rms=recipe.eta,
+        consistent_rms=config.eta,
         muon_weight_dimension_numbers=axes,
     )
     plain = optax.chain(*_plain_sgd(config, recipe, schedule))

@@ -93,7 +93,7 @@ class CpuKernels:
         shape = (*x.shape[:2], w.shape[2])
         if jnp.issubdtype(x.dtype, jnp.integer):
             return _call("integer_matmul", shape, jnp.int32, (x, w))
-        return self._forward("matmul", shape, out_dtype, (x, w))
+        return _call(self._target("matmul"), shape, out_dtype, (x, w), **self._fast())
 
     def matmul_dx(
         self,
@@ -108,7 +108,7 @@ class CpuKernels:
         """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
         if clip.is_linear:
             return linear.matmul_dx(x, w, g, clip, out_dtype=out_dtype, precision=precision)
-        return self._gradient("matmul_dx", x.shape, out_dtype, (x, w, g), **_clip(clip))
+        return _call(self._target("matmul_dx"), x.shape, out_dtype, (x, w, g), **_clip(clip))
 
     def matmul_dw(
         self,
@@ -122,7 +122,7 @@ class CpuKernels:
     ) -> Array:
         """dw[b, k, n] = Σ_m ψ(x[b, m, k] - w[b, k, n]) g[b, m, n], in float32 at least."""
         del precision
-        return self._gradient("matmul_dw", w.shape, out_dtype, (x, w, g), **_clip(clip))
+        return _call(self._target("matmul_dw"), w.shape, out_dtype, (x, w, g), **_clip(clip))
 
     def conv(self, x: Array, w: Array, spec: ConvSpec, *, out_dtype: DTypeLike) -> Array:
         """y[b, o, f] = -Σ_{tap, c} |x[b, position(o, tap), c] - w[tap, c, f]|, zeros included."""
@@ -131,7 +131,8 @@ class CpuKernels:
         if jnp.issubdtype(x.dtype, jnp.integer):
             y = _call("integer_conv", shape, jnp.int32, operands, **_spec(spec))
         else:
-            y = self._forward("conv", shape, out_dtype, operands, **_spec(spec))
+            options = {**_spec(spec), **self._fast()}
+            y = _call(self._target("conv"), shape, out_dtype, operands, **options)
         return y.reshape(out)
 
     def conv_dx(
@@ -150,7 +151,9 @@ class CpuKernels:
             return linear.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
         operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
         shape = operands[0].shape
-        dx = self._gradient("conv_dx", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
+        dx = _call(
+            self._target("conv_dx"), shape, out_dtype, operands, **_spec(spec), **_clip(clip)
+        )
         return dx.reshape(x.shape)
 
     def conv_dw(
@@ -168,32 +171,18 @@ class CpuKernels:
         del precision
         operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
         shape = operands[1].shape
-        dw = self._gradient("conv_dw", shape, out_dtype, operands, **_spec(spec), **_clip(clip))
+        dw = _call(
+            self._target("conv_dw"), shape, out_dtype, operands, **_spec(spec), **_clip(clip)
+        )
         return dw.reshape(w.shape)
 
-    def _forward(
-        self,
-        target: str,
-        shape: Sequence[int],
-        out_dtype: DTypeLike,
-        operands: Sequence[Array],
-        **attributes: Any,
-    ) -> Array:
-        if self.form == "int16":
-            return _call(f"int16_{target}", shape, out_dtype, operands, **attributes)
-        fast = np.bool_(self.form == "fast")
-        return _call(target, shape, out_dtype, operands, **attributes, fast=fast)
+    def _target(self, product: str) -> str:
+        """The handler of a product of floats."""
+        return f"int16_{product}" if self.form == "int16" else product
 
-    def _gradient(
-        self,
-        target: str,
-        shape: Sequence[int],
-        out_dtype: DTypeLike,
-        operands: Sequence[Array],
-        **attributes: Any,
-    ) -> Array:
-        name = f"int16_{target}" if self.form == "int16" else target
-        return _call(name, shape, out_dtype, operands, **attributes)
+    def _fast(self) -> dict[str, Any]:
+        """The attribute that forward products in float32 have besides."""
+        return {} if self.form == "int16" else {"fast": np.bool_(self.form == "fast")}
 
 
 def _call(

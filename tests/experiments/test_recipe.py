@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import shlex
-from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -14,14 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.common.errors import UserError
-from experiments.training.config import (
-    IMPLEMENTATIONS,
-    TrainConfig,
-    from_record,
-    make_parser,
-    parse,
-)
-from experiments.training.optimizer import ADDERNET, Recipe, choose, make, warmup_cosine
+from experiments.training.config import IMPLEMENTATIONS, TrainConfig, make_parser, parse
+from experiments.training.optimizer import Recipe, choose, make, warmup_cosine
 from jadder.implementations import Implementation
 
 
@@ -59,7 +52,7 @@ def test_options_are_read() -> None:
         ("--momentum 1", "--momentum must be below 1"),
         ("--bias-rate 0", "--bias-rate must be positive, got 0.0"),
         ("--kernel-max nan", "--kernel-max must be a number of at most 1e+38, got nan"),
-        ("--free-kernels --kernel-max 1", "--free-kernels has no --kernel-min and no --kernel-max"),
+        ("--kernel-min 2 --kernel-max 1", "--kernel-min must be at most --kernel-max 1.0, got 2.0"),
         ("--anneal slowly", "invalid choice: 'slowly'"),
         ("--distill-weight 1.5", "--distill-weight must be at most 1, got 1.5"),
         ("--distill-temperature 0", "--distill-temperature must be positive, got 0.0"),
@@ -110,39 +103,16 @@ def test_names_tell_runs_apart() -> None:
 @pytest.mark.parametrize(
     ("changes", "recipe"),
     [
-        ({"model": "resnet20"}, Recipe("sgd", 0.1, 5e-4, 0.1, -0.25, 2.5)),
-        ({"model": "resnet20", **ADDERNET}, Recipe("sgd", 0.1, 5e-4, 0.2, None, None)),
-        ({"free_kernels": True, "eta": 0.3}, Recipe("sgd", 0.1, 5e-4, 0.3, None, None)),
-        ({"kernel_min": -9.0}, Recipe("sgd", 0.1, 5e-4, 0.1, -9.0, 2.5)),
-        ({"model": "vit"}, Recipe("adamw", 1e-3, 0.05, 0.2, None, None)),
-        ({"model": "swin"}, Recipe("adamw", 1e-3, 0.05, 0.2, None, None)),
-        ({"model": "vit", "optimizer": "sgd"}, Recipe("sgd", 0.1, 5e-4, 0.2, None, None)),
-        ({"model": "vit", "kernel_max": 3.0}, Recipe("adamw", 1e-3, 0.05, 0.2, None, 3.0)),
-        ({"optimizer": "adamw"}, Recipe("adamw", 1e-3, 0.05, 0.2, None, None)),
-        (
-            {"learning_rate": 0.3, "weight_decay": 0.0},
-            Recipe("sgd", 0.3, 0.0, 0.1, -0.25, 2.5),
-        ),
-        ({"optimizer": "muon"}, Recipe("muon", 0.1, 5e-4, 0.1, -0.25, 2.5)),
+        ({"model": "resnet20"}, Recipe("sgd", 0.1, 5e-4)),
+        ({"model": "vit"}, Recipe("adamw", 1e-3, 0.05)),
+        ({"model": "swin"}, Recipe("adamw", 1e-3, 0.05)),
+        ({"model": "resnet20", "optimizer": "adamw"}, Recipe("adamw", 1e-3, 0.05)),
+        ({"learning_rate": 0.3, "weight_decay": 0.0}, Recipe("sgd", 0.3, 0.0)),
+        ({"optimizer": "muon"}, Recipe("muon", 0.1, 5e-4)),
     ],
 )
 def test_recipe(changes: dict[str, Any], recipe: Recipe) -> None:
     assert choose(TrainConfig(**changes)) == recipe
-
-
-def test_bounds_that_exclude_each_other() -> None:
-    with pytest.raises(UserError, match=r"--kernel-min must be at most --kernel-max 2\.5, got 3"):
-        choose(TrainConfig(kernel_min=3.0))
-
-
-def test_records_tell_whether_kernels_were_free() -> None:
-    """Also those of earlier versions, which had no bounds."""
-    for config in (TrainConfig(), TrainConfig(**ADDERNET), TrainConfig(model="vit")):
-        saved = {"family": "adder", **config.science(), **vars(choose(config))}
-        assert "free_kernels" not in saved
-        assert choose(from_record(saved, Path())) == choose(config)
-    saved = {"family": "adder", "optimizer": "sgd", "eta": 0.2, "model": "resnet20"}
-    assert choose(from_record(saved, Path())).kernel_max is None
 
 
 def first_updates(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -160,11 +130,10 @@ def first_updates(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
     ("changes", "adder", "other"),
     [
         # ‖g‖ is 8 and √k is 2: AdderNet's step is η · 2 / 8 · 4 = η.
-        ({"optimizer": "sgd"}, -0.01, -0.4),
-        ({"optimizer": "sgd", **ADDERNET}, -0.02, -0.4),
+        ({"optimizer": "sgd"}, -0.02, -0.4),
         ({"optimizer": "sgd", "eta": 0.5}, -0.05, -0.4),
         ({"optimizer": "sgd", "adaptive_scaling": "off"}, -0.4, -0.4),
-        ({"optimizer": "sgd", "kernel_min": 0.995, "kernel_max": 3.0}, -0.005, -0.4),
+        ({"optimizer": "sgd", "kernel_min": 0.99, "kernel_max": 3.0}, -0.01, -0.4),
         # Adam's first step is the rate, whatever the gradient.
         ({"optimizer": "adamw"}, -3.0, -0.1),
         ({"optimizer": "adamw", "adder_rate": 3.0}, -0.3, -0.1),
@@ -201,7 +170,7 @@ def test_norms_take_rates_and_decay_of_their_own(optimizer: str) -> None:
 def test_muon_makes_steps_orthogonal(adds: bool) -> None:
     """Of adder kernels; of a network that has none, of convolutions' kernels."""
     mask = {"first": adds, "other": False}
-    config = TrainConfig(optimizer="muon", weight_decay=0.0, eta=0.5, free_kernels=True)
+    config = TrainConfig(optimizer="muon", weight_decay=0.0, eta=0.5)
     rng = np.random.default_rng(0)
     shape = (8, 4) if adds else (2, 2, 2, 4)
     gradients = {"first": rng.normal(size=shape), "other": rng.normal(size=(8, 4))}

@@ -332,7 +332,7 @@ def test_a_finished_run_can_be_made_longer(
     for changes, text in (
         ({"epochs": 5, "resume": False}, "its epochs is 3, not 5"),
         ({"epochs": 2}, "its epochs is 3, not 2"),
-        ({"epochs": 5, "eta": 0.3}, "its eta is 0.1, not 0.3"),
+        ({"epochs": 5, "eta": 0.3}, "its eta is 0.2, not 0.3"),
     ):
         with pytest.raises(UserError, match=text):
             start(tmp_path, dataset, **options | changes)
