@@ -22,11 +22,13 @@ from experiments.studies.study import (
     Trained,
     TrainingOptions,
     by_label,
+    changed,
     families,
     train,
     with_seeds,
 )
 from experiments.training.config import TrainConfig
+from experiments.training.recipes import RECIPES, add_recipe
 from experiments.training.run import Run
 from experiments.training.start import calibration_images
 
@@ -46,8 +48,6 @@ TRAINING = TrainingOptions(
     full=TrainConfig(model="auto", dataset="cifar10", epochs=10),
     smoke=TrainConfig(model="lenet5", epochs=1, limit_train=64, batch_size=32, image_size=8),
 )
-ADDER: Mapping[str, Any] = {"eta": 0.4, "model_options": ("norm=centered_batch",)}
-"""What changes for adder networks on CIFAR-10, as in resnet20.py."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="epochs with the grid in place (default: 2)")  # fmt: skip
     parser.add_argument("--tune-rate", type=float, default=0.01, metavar="RATE",
                         help="their learning rate (default: 0.01)")  # fmt: skip
+    add_recipe(parser)
     TRAINING.add(parser)
 
 
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
             raise UserError(f"--bits and --tune-bits must be from 2 to 8, got {each}")
     plans = families(config, options.families or ("adder", "conv"))
     if "adder" in plans and config.dataset == "cifar10":
-        plans["adder"] = dataclasses.replace(plans["adder"], **ADDER)
+        plans["adder"] = changed(plans["adder"], RECIPES[options.recipe])
     plans = _each_seed(plans, seeds)
     runs = train(plans, place, at_end=lambda run: accuracies(run, bits))
     for first in list(runs):

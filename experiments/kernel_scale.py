@@ -26,10 +26,10 @@ from experiments.studies.keep import Step, keeping
 from experiments.studies.outcome import Outcome, Picture, Table
 from experiments.studies.ranges import Range, ranges
 from experiments.studies.study import Trained, TrainingOptions, train
+from experiments.training import recipes
 from experiments.training.build import build_model
 from experiments.training.config import TrainConfig
 from experiments.training.data import dataset_of
-from experiments.training.optimizer import INSIDE
 from experiments.training.run import Run
 from jadder.models import load_torch_state
 from jadder.nn import AdderKernel
@@ -52,9 +52,9 @@ TRAINING = TrainingOptions(
     ),
 )
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "AdderNet's recipe": {"eta": 0.2},
-    "centred": {"eta": 0.4, "model_options": ("norm=centered_batch",)},
-    "kept inside": {**INSIDE, "model_options": ("norm=centered_batch",)},
+    "AdderNet's recipe": recipes.RECIPES["addernet"],
+    "centred": recipes.RECIPES["short"],
+    "kept inside": recipes.RECIPES["inside"],
 }
 IMAGES = 256
 """Training images on which inputs are looked at."""

@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from experiments.common.allocation import restart_with_huge_pages
 from experiments.studies.command import Experiment, Place
@@ -18,7 +16,7 @@ from experiments.studies.study import (
     with_seeds,
 )
 from experiments.training.config import FAMILIES, TrainConfig
-from experiments.training.optimizer import INSIDE
+from experiments.training.recipes import RECIPES, add_recipe
 
 ABOUT = """\
 ResNet-20 on CIFAR-10: adder, conv and euclid at equal budget.
@@ -31,12 +29,6 @@ its kernels where their inputs are, with steps of eta = 0.1. --recipe addernet i
 paper (Chen et al., 2020): 400 epochs at batch 256, eta = 0.2, batch normalisation alone. The small
 size is of LeNet-5, which compiles sooner.
 """
-RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "short": {"eta": 0.4, "model_options": ("norm=centered_batch",)},
-    "inside": {**INSIDE, "model_options": ("norm=centered_batch",)},
-    "addernet": {"eta": 0.2},
-}
-"""What each changes of an adder network's training."""
 TRAINING = TrainingOptions(
     full=TrainConfig(model="resnet20", dataset="cifar10", epochs=10),
     smoke=TrainConfig(model="lenet5", epochs=1, limit_train=64, batch_size=32, image_size=8),
@@ -46,7 +38,7 @@ TRAINING = TrainingOptions(
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--recipe", choices=tuple(RECIPES), default="short")
+    add_recipe(parser)
     TRAINING.add(parser)
 
 

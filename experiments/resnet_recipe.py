@@ -32,7 +32,7 @@ from experiments.studies.study import (
 )
 from experiments.training import steps
 from experiments.training.config import TrainConfig
-from experiments.training.optimizer import INSIDE
+from experiments.training.recipes import CENTERED, INSIDE
 from experiments.training.run import Run
 from jadder.models import update_statistics
 
@@ -48,7 +48,6 @@ training images, which no run trains on. Every run takes all seeds of --seeds. C
 network are tried on the multiplying twin as well. Of every run the moving average of its weights is
 judged too, with batch statistics of its own.
 """
-_CENTRED = ("norm=centered_batch",)
 _FREE: Mapping[str, Any] = {"kernel_min": None, "kernel_max": None}
 _TWIN: Mapping[str, Any] = {"family": ("conv",), "model_options": (), **_FREE}
 CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -81,11 +80,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 TRAINING = TrainingOptions(
     full=TrainConfig(
         model="resnet8", family=("adder",), dataset="cifar10", epochs=8, limit_train=20_000,
-        validation=5_000, model_options=_CENTRED, **INSIDE,
+        validation=5_000, model_options=CENTERED, **INSIDE,
     ),
     smoke=TrainConfig(
         model="lenet5", family=("adder",), epochs=1, limit_train=64, batch_size=32, validation=64,
-        image_size=8, model_options=_CENTRED, **INSIDE,
+        image_size=8, model_options=CENTERED, **INSIDE,
     ),
     seeds=(0, 1),
 )  # fmt: skip

@@ -13,8 +13,6 @@ import jadder.optim
 from experiments.training.config import TrainConfig
 
 TRANSFORMERS = ("vit", "swin")
-INSIDE: Mapping[str, Any] = {"eta": 0.1, "kernel_min": -0.25, "kernel_max": 2.5}
-"""Options that keep adder kernels where inputs are that come from a normalisation and a ReLU."""
 
 
 @dataclasses.dataclass(frozen=True)
