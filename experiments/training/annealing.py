@@ -1,7 +1,7 @@
-"""Adder products that change while a network trains: in stages, from an easier one to their own.
+"""Adder products that change while a network trains, in stages.
 
-The last stage has the network's own products, so that what is evaluated in the end is what would be
-without annealing.
+What is evaluated in the end is what would be without annealing: the last stage has the network's
+own products, or products that differ in how they are differentiated.
 """
 
 import dataclasses
@@ -25,12 +25,17 @@ L1_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
 """As of `jadder.set_l1_share`: the distance begins as Euclid's."""
 
 
+STEEPNESSES = (1.0, 1.0, 2.0, 4.0)
+"""Factors of the slopes of ψ_x and ψ_w, which come nearer to the sign, the true derivative."""
+
+
 def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
     """The structures of the model in each stage, the last of which is its own.
 
     Args:
         model: what is trained. It is as before when this returns.
-        anneal: 'none' (one stage) or another of `config.ANNEALINGS` (four).
+        anneal: 'none' (one stage) or another of `config.ANNEALINGS` (four). Of 'exact' the last
+            differs from the model by its gradient rules.
 
     Raises:
         UserError: the model has nothing to anneal.
@@ -39,6 +44,8 @@ def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
         return [nnx.graphdef(model)]
     if not jax.tree.leaves(nnx.state(model, AdderKernel)):
         raise UserError(f"--anneal {anneal}: the network has no adder products")
+    if anneal == "exact":
+        return _exact(model)
     return _rules(model) if anneal == "rule" else _distances(model)
 
 
@@ -82,6 +89,28 @@ def _rules(model: nnx.Module) -> list[nnx.GraphDef[Any]]:
             setattr(module, name, _with_slope(product, factor))
         structures.append(nnx.graphdef(model))
     return structures
+
+
+def _exact(model: nnx.Module) -> list[nnx.GraphDef[Any]]:
+    found, structures = products(model), []
+    for factor in STEEPNESSES:
+        for module, name, product in found:
+            setattr(module, name, _steeper(product, factor))
+        structures.append(nnx.graphdef(model))
+    for module, name, product in found:
+        setattr(module, name, product)
+    return structures
+
+
+def _steeper(product: Product, factor: float) -> Product:
+    """The product with a factor on both slopes; the full-precision rule is bounded by 1 then."""
+    if factor == 1:
+        return product
+    rules = (
+        Clip(one.scale * factor, 1.0 if one.is_linear else one.bound)
+        for one in (product.rule.x, product.rule.kernel)
+    )
+    return dataclasses.replace(product, rule=GradientRule(*rules))
 
 
 def _with_slope(product: Product, factor: float) -> Product:

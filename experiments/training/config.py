@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("xla", "cpu", "cpu_fast", "cpu_int16", "mosaic_gpu", "mosaic_
 DTYPES = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("standard", "randaugment", "none")
 SCALINGS = ("auto", "on", "off")
-ANNEALINGS = ("none", "rule", "distance", "distance_half")
+ANNEALINGS = ("none", "rule", "distance", "distance_half", "exact")
 
 LARGEST = 1e38
 """Of options that float32 has to hold."""
@@ -199,7 +199,8 @@ class TrainConfig:
         "training",
         "change adder products in four stages, of equal length: 'rule' begins with an eighth of "
         "the slope of the rule of inputs, 'distance' with (x - w)^2 / 2 in place of |x - w|; "
-        "'distance_half' has the last stage begin at half of the run",
+        "'distance_half' has the last stage begin at half of the run, 'exact' makes both gradient "
+        "rules up to four times as steep in the second half, and that of kernels clip(4 d, -1, 1)",
         choices=ANNEALINGS,
     )
     start: str | None = _option(

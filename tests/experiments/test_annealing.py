@@ -44,7 +44,7 @@ def products_of(graphdef: nnx.GraphDef[Any], model: nnx.Module) -> list[Any]:
     return [product for _, _, product in products(nnx.merge(graphdef, state))]
 
 
-@given(st.integers(1, 50), st.sampled_from(["none", "rule", "distance", "distance_half"]))
+@given(st.integers(1, 50), st.sampled_from(list(ANNEALINGS)))
 def test_stages_are_in_order_and_end_with_the_last(total: int, anneal: str) -> None:
     found = [stage_of(step, total, anneal) for step in range(total)]
     assert found == sorted(found)
@@ -72,12 +72,26 @@ def test_slopes_double_until_they_are_the_rules_own() -> None:
         assert {product.rule.kernel for product in found} == {(1.0, np.inf), (slope, 1.0)}
 
 
+def test_gradients_become_exact() -> None:
+    model = vit(scores="adder")
+    before = nnx.graphdef(model)
+    graphdefs = stages(model, "exact")
+    assert nnx.graphdef(model) == graphdefs[0] == graphdefs[1] == before
+    for graphdef, slope in zip(graphdefs[2:], (8.0, 16.0), strict=True):
+        found = products_of(graphdef, model)  # their own rule of inputs is HT(4d)
+        assert {product.rule.x for product in found} == {(slope, 1.0)}
+        assert {product.rule.kernel for product in found} == {(slope / 4, 1.0), (slope, 1.0)}
+    own = dataclasses.replace(jadder.models.get_family("adder"), rule=jadder.SIGN)
+    found = products_of(stages(vit(family=own), "exact")[-1], vit(family=own))
+    assert {product.rule for product in found} == {jadder.SIGN}
+
+
 def test_without_annealing_there_is_one_stage() -> None:
     model = vit()
     assert stages(model, "none") == [nnx.graphdef(model)]
 
 
-@pytest.mark.parametrize("anneal", ["rule", "distance", "distance_half"])
+@pytest.mark.parametrize("anneal", [one for one in ANNEALINGS if one != "none"])
 def test_a_network_that_multiplies_cannot_be_annealed(anneal: str) -> None:
     with pytest.raises(UserError, match=f"--anneal {anneal}: the network has no adder products"):
         stages(vit(family="conv"), anneal)
@@ -92,7 +106,7 @@ def test_the_sign_has_no_slope() -> None:
 def test_both_ends_of_annealing() -> None:
     assert RULE_FACTORS[-1] == L1_SHARES[-1] == 1
     assert len(RULE_FACTORS) == len(L1_SHARES) == 4
-    assert set(ANNEALINGS) == {"none", "rule", "distance", "distance_half"}
+    assert set(ANNEALINGS) == {"none", "rule", "distance", "distance_half", "exact"}
 
 
 def start(folder: Path, dataset: Dataset, **changes: Any) -> Run:
