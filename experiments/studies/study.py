@@ -239,8 +239,17 @@ def changed(
 
 
 def families(config: TrainConfig, names: Sequence[str] = FAMILIES) -> dict[str, TrainConfig]:
-    """The same run for each of the families."""
-    return {name: dataclasses.replace(config, family=(name,)) for name in names}
+    """The same run for each of the families; that which multiplies has no implementation to choose.
+
+    Example:
+        >>> config = TrainConfig(implementation="xla")
+        >>> {name: one.implementation for name, one in families(config, ["adder", "conv"]).items()}
+        {'adder': 'xla', 'conv': None}
+    """
+    plans = {name: dataclasses.replace(config, family=(name,)) for name in names}
+    if "conv" in plans:
+        plans["conv"] = dataclasses.replace(plans["conv"], implementation=None)
+    return plans
 
 
 # -- options ---------------------------------------------------------------------------------------
