@@ -77,8 +77,9 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
         if not 2 <= each <= 8:
             raise UserError(f"--bits and --tune-bits must be from 2 to 8, got {each}")
     plans = families(config, options.families or ("adder", "conv"))
-    if "adder" in plans and config.dataset == "cifar10":
-        plans["adder"] = changed(plans["adder"], RECIPES[options.recipe])
+    recipe = options.recipe or ("short" if config.dataset == "cifar10" else None)
+    if "adder" in plans and recipe is not None:
+        plans["adder"] = changed(plans["adder"], RECIPES[recipe])
     plans = _each_seed(plans, seeds)
     runs = train(plans, place, at_end=lambda run: accuracies(run, bits))
     for first in list(runs):

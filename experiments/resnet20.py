@@ -25,7 +25,8 @@ SGD with rate 0.1, momentum 0.9, weight decay 5e-4, crop and flip; one epoch of 
 cosine over the run's length, whatever that is: --epochs 10, 30 and 100 are short budgets with a
 schedule of their own. The adder network has eta = 0.4 in adaptive scaling then, and takes the mean
 over the channels away before each batch normalisation (norm=centered_batch). --recipe inside keeps
-its kernels where their inputs are, with steps of eta = 0.1. --recipe addernet is that of AdderNet's
+its kernels where their inputs are, with steps of eta = 0.1; --recipe exact, besides, lets gradient
+rules become steep, nearly the derivative, in the second half. --recipe addernet is that of AdderNet's
 paper (Chen et al., 2020): 400 epochs at batch 256, eta = 0.2, batch normalisation alone. The small
 size is of LeNet-5, which compiles sooner.
 """
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace, place: Place) -> Outcome:
         )
     plans = families(config, options.families)
     if "adder" in plans:
-        plans["adder"] = changed(plans["adder"], RECIPES[options.recipe])
+        plans["adder"] = changed(plans["adder"], RECIPES[options.recipe or "short"])
     length = f"{config.epochs} epochs"
     plans = {f"{name}, {length}": one for name, one in plans.items()}
     runs = train(with_seeds(plans, TRAINING.chosen_seeds(options)), place)

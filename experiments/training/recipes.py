@@ -18,6 +18,6 @@ too, the same with derivatives that become exact, and AdderNet's paper (Chen et 
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Adds --recipe, whose value is a name of `RECIPES`."""
-    parser.add_argument("--recipe", choices=tuple(RECIPES), default="short",
-                        help="of adder networks on CIFAR-10 (default: short)")  # fmt: skip
+    """Adds --recipe, whose value is a name of `RECIPES`, or None where it is not given."""
+    parser.add_argument("--recipe", choices=tuple(RECIPES),
+                        help="of adder networks (default: short on CIFAR-10)")  # fmt: skip
