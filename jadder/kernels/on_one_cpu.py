@@ -9,7 +9,7 @@ operations are counted.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax import Array
@@ -105,7 +105,9 @@ class OnOneCpu:
                 given[i] = value
             return self.formula(*given, **options)
 
-        types = [jax.ShapeDtypeStruct(operands[i].aval.shape, operands[i].aval.dtype) for i in moving]
+        types = [
+            jax.ShapeDtypeStruct(operands[i].aval.shape, operands[i].aval.dtype) for i in moving
+        ]
         pulled = jax.linear_transpose(of_moving, *types)(
             tuple(map(ad.instantiate_zeros, cotangents))
         )
@@ -146,7 +148,7 @@ def _may_be_native(operands: Sequence[Array]) -> bool:
 
 
 def _is_for_one_cpu(context: mlir.LoweringRuleContext) -> bool:
-    module = context.module_context
+    module, (x, *_) = context.module_context, cast(Sequence[ShapedArray], context.avals_in)
     axes = module.axis_context
     return (
         tuple(module.platforms) == ("cpu",)
@@ -154,5 +156,5 @@ def _is_for_one_cpu(context: mlir.LoweringRuleContext) -> bool:
         and axes.num_devices == 1
         and not module.lowering_parameters.for_export
         and not lowered_literally.value
-        and 0 not in context.avals_in[0].shape
+        and 0 not in x.shape
     )
