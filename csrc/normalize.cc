@@ -13,7 +13,7 @@ namespace {
 // Of a block: few enough for a cache, and enough for sums over rows to be worth their adding up.
 constexpr int64_t kBlockValues = 4096;
 constexpr int64_t kLeastSumRows = 64;
-constexpr int64_t kBlocksInTask = 8;
+constexpr int64_t kTaskValues = 8 * kBlockValues;
 constexpr int64_t kFeaturesInTask = 64;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return a / b + (a % b != 0); }
@@ -28,14 +28,16 @@ struct Block {
 
 // Calls f(block) for all blocks of rows, those of a task in order; from the last task to the first
 // if `backwards`, since a pass has left the end of its arrays in the caches.
-void ForBlocks(Pool& pool, int64_t rows, int64_t block_rows, bool backwards,
+void ForBlocks(Pool& pool, const Normalization& shape, int64_t block_rows, bool backwards,
                const std::function<void(const Block&)>& f) {
-  const int64_t blocks = CeilDiv(rows, block_rows), tasks = CeilDiv(blocks, kBlocksInTask);
+  const int64_t blocks = CeilDiv(shape.rows, block_rows);
+  const int64_t in_task = std::max<int64_t>(1, kTaskValues / (block_rows * shape.features));
+  const int64_t tasks = CeilDiv(blocks, in_task);
   ParallelFor(pool, tasks, [&](int64_t task) {
-    const int64_t first = (backwards ? tasks - 1 - task : task) * kBlocksInTask;
-    const int64_t last = std::min(blocks, first + kBlocksInTask);
+    const int64_t first = (backwards ? tasks - 1 - task : task) * in_task;
+    const int64_t last = std::min(blocks, first + in_task);
     for (int64_t i = first; i < last; ++i) {
-      f({i, i * block_rows, std::min(block_rows, rows - i * block_rows)});
+      f({i, i * block_rows, std::min(block_rows, shape.rows - i * block_rows)});
     }
   });
 }
@@ -88,7 +90,7 @@ void Statistics(const NormalizeKernels& kernels, Pool& pool, const Normalization
   const int64_t block_rows = BlockRows(shape.features, kLeastSumRows);
   const int64_t blocks = CeilDiv(shape.rows, block_rows);
   Partial partial(blocks, shape.features, 3);
-  ForBlocks(pool, shape.rows, block_rows, false, [&](const Block& block) {
+  ForBlocks(pool, shape, block_rows, false, [&](const Block& block) {
     float means[kMostBlockRows];
     kernels.moments(RowsOf(kernels, shape, block, x, means), partial.Of(block.index, 0),
                     partial.Of(block.index, 1), partial.Of(block.index, 2));
@@ -124,7 +126,7 @@ void Normalize(const NormalizeKernels& kernels, Pool& pool, const Normalization&
   Statistics(kernels, pool, shape, x, mean, var);
   const Factors factors(shape, scale, var);
   const Affine affine{mean, factors.factor.data(), bias, shape.rectify};
-  ForBlocks(pool, shape.rows, BlockRows(shape.features, 1), true, [&](const Block& block) {
+  ForBlocks(pool, shape, BlockRows(shape.features, 1), true, [&](const Block& block) {
     float means[kMostBlockRows];
     const int64_t at = block.first * shape.features;
     kernels.apply(RowsOf(kernels, shape, block, x, means), affine,
@@ -143,7 +145,7 @@ void NormalizeGradient(const NormalizeKernels& kernels, Pool& pool, const Normal
   const int64_t block_rows = BlockRows(features, kLeastSumRows);
   const int64_t blocks = CeilDiv(shape.rows, block_rows);
   Partial partial(blocks, features, 2);
-  ForBlocks(pool, shape.rows, block_rows, false, [&](const Block& block) {
+  ForBlocks(pool, shape, block_rows, false, [&](const Block& block) {
     float means[kMostBlockRows];
     kernels.gradient_sums(RowsOf(kernels, shape, block, x, means), affine,
                           g + block.first * features, partial.Of(block.index, 0),
@@ -164,7 +166,7 @@ void NormalizeGradient(const NormalizeKernels& kernels, Pool& pool, const Normal
     slope[i] = static_cast<float>((2.0 * g_var[i] - factor * inverse * (along * inverse)) / rows);
   });
   const AffineGradient gradient{slope.data(), offset.data()};
-  ForBlocks(pool, shape.rows, BlockRows(features, 1), true, [&](const Block& block) {
+  ForBlocks(pool, shape, BlockRows(features, 1), true, [&](const Block& block) {
     float means[kMostBlockRows];
     const int64_t at = block.first * features;
     kernels.gradient(RowsOf(kernels, shape, block, x, means), affine, gradient, g + at, dx + at);
