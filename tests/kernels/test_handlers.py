@@ -169,32 +169,39 @@ def test_a_few_cases_of_the_random_search():
         assert counts[found] > 0, counts
 
 
+STANDARDIZE_ATTRIBUTES = {
+    "epsilon": np.float32(1e-5),
+    "center": np.bool_(True),
+    "rectify": np.bool_(True),
+}
+X, FEATURES = (4, 5, 3), (3,)
+# Each handler's operands and results, the first with a residual.
+STANDARDIZE = {
+    "standardize": ((X, FEATURES, FEATURES, X), (X, FEATURES, FEATURES)),
+    "standardize_gradient": (
+        (X, *[FEATURES] * 4, X, FEATURES, FEATURES),
+        (X, FEATURES, FEATURES),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STANDARDIZE)
 class TestStandardize:
     """Batch normalisation's calls."""
-
-    ATTRIBUTES = {"epsilon": np.float32(1e-5), "center": np.bool_(True), "rectify": np.bool_(True)}
-    X, FEATURES = (4, 5, 3), (3,)
-    HANDLERS = {
-        "standardize": ((X, FEATURES, FEATURES, X), (X, FEATURES, FEATURES)),
-        "standardize_gradient": (
-            (X, *[FEATURES] * 4, X, FEATURES, FEATURES), (X, FEATURES, FEATURES),
-        ),
-    }  # fmt: skip
 
     def call(self, name, operands, results, dtypes=None, **changes):
         dtypes = dtypes or [jnp.float32] * len(operands)
         kinds = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
         given = [jnp.ones(s, d) for s, d in zip(operands, dtypes, strict=True)]
         foreign = jax.ffi.ffi_call(f"jadder_{name}", kinds)
-        return jax.block_until_ready(foreign(*given, **(self.ATTRIBUTES | changes)))
+        return jax.block_until_ready(foreign(*given, **(STANDARDIZE_ATTRIBUTES | changes)))
 
     def refused(self, why, *arguments, **changes):
         with pytest.raises(jax.errors.JaxRuntimeError, match=rf"INVALID_ARGUMENT.*{why}"):
             self.call(*arguments, **changes)
 
-    @pytest.mark.parametrize("name", HANDLERS)
     def test_other_shapes_are_refused(self, name):
-        operands, results = self.HANDLERS[name]
+        operands, results = STANDARDIZE[name]
         for found, shape in zip(self.call(name, operands, results), results, strict=True):
             assert found.shape == shape
         for shapes in (operands, results):
@@ -204,23 +211,20 @@ class TestStandardize:
                     both = (changed, results) if shapes is operands else (operands, changed)
                     self.refused("jadder: .*", name, *both)
 
-    @pytest.mark.parametrize("name", HANDLERS)
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32, jnp.uint8])
     def test_other_types_are_refused(self, name, dtype):
-        operands, results = self.HANDLERS[name]
+        operands, results = STANDARDIZE[name]
         for i in range(len(operands)):
             dtypes = [jnp.float32] * len(operands)
             dtypes[i] = dtype
             self.refused("", name, operands, results, dtypes)
 
-    @pytest.mark.parametrize("name", HANDLERS)
     def test_another_number_of_operands_is_refused(self, name):
-        operands, results = self.HANDLERS[name]
+        operands, results = STANDARDIZE[name]
         self.refused("", name, (*operands, (3,)), results)
         self.refused("", name, operands[:2], results)
 
-    @pytest.mark.parametrize("name", HANDLERS)
     @pytest.mark.parametrize("epsilon", [-1.0, np.nan])
     def test_an_epsilon_that_is_none_is_refused(self, name, epsilon):
-        operands, results = self.HANDLERS[name]
+        operands, results = STANDARDIZE[name]
         self.refused("epsilon", name, operands, results, epsilon=np.float32(epsilon))

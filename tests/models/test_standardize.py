@@ -66,9 +66,7 @@ def test_native_results_and_gradients_are_those_of_the_formula(
     x, scale, bias, residual = random_operands(shape, seed, *((-2600, 4) if far else (-3, 2)))
     operands = [x, scale, bias, residual][: 3 + with_residual]
     random = np.random.default_rng(seed + 1)
-    cotangents = [
-        random.normal(size=s).astype(np.float32) for s in (shape, shape[-1:], shape[-1:])
-    ]
+    cotangents = [random.normal(size=s).astype(np.float32) for s in (shape, shape[-1:], shape[-1:])]
 
     @jax.jit
     def results(operands, cotangents):
