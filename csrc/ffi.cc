@@ -23,6 +23,7 @@
 #include "products.h"
 #include "types.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_pool.h"
 
 namespace jadder {
 namespace {
@@ -36,16 +37,6 @@ using IntegerResult = ffi::Result<ffi::Buffer<ffi::S32>>;
 constexpr int64_t kMostFactor = (int64_t{1} << 31) - 1;   // of a stride, a dilation, a padding
 constexpr int64_t kMostPosition = int64_t{1} << 56;       // in an image with its zeros
 constexpr int64_t kMostByteTerms = kMostFactor / 255;     // whose sum an int32 holds
-
-class XlaPool final : public Pool {
- public:
-  explicit XlaPool(ffi::ThreadPool pool) : pool_(pool) {}
-  int64_t threads() const override { return std::max<int64_t>(1, pool_.num_threads()); }
-  void Schedule(std::function<void()> work) override { pool_.Schedule(std::move(work)); }
-
- private:
-  ffi::ThreadPool pool_;
-};
 
 [[noreturn]] void Refuse(const std::string& why) { throw std::invalid_argument("jadder: " + why); }
 

@@ -5,6 +5,7 @@
 
 #include "integers.h"
 #include "kernels.h"
+#include "normalize_kernels.h"
 #include "program_kernels.h"
 
 namespace jadder {
@@ -55,6 +56,14 @@ const IntegerKernels& SelectIntegerKernels() {
   if (Level() == 1) return avx2::kIntegerKernels;
 #endif
   return baseline::kIntegerKernels;
+}
+
+const NormalizeKernels& SelectNormalizeKernels() {
+#if defined(JADDER_X86)
+  if (Level() >= 2) return avx512::kNormalizeKernels;
+  if (Level() == 1) return avx2::kNormalizeKernels;
+#endif
+  return baseline::kNormalizeKernels;
 }
 
 const ProgramKernels& SelectProgramKernels() {

@@ -15,21 +15,12 @@
 
 #include "program.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_pool.h"
 
 namespace jadder {
 namespace {
 
 namespace ffi = xla::ffi;
-
-class XlaPool final : public Pool {
- public:
-  explicit XlaPool(ffi::ThreadPool pool) : pool_(pool) {}
-  int64_t threads() const override { return pool_.num_threads(); }
-  void Schedule(std::function<void()> work) override { pool_.Schedule(std::move(work)); }
-
- private:
-  ffi::ThreadPool pool_;
-};
 
 struct ProgramState {
   static ffi::TypeId id;

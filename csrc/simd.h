@@ -45,6 +45,9 @@ JADDER_INLINE Vec LoadFirst(const float* p, int64_t count) {  // zeros in the la
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
 }
 JADDER_INLINE void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+JADDER_INLINE void StoreFirst(float* p, int64_t count, Vec v) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+}
 JADDER_INLINE Vec Broadcast(float v) { return _mm512_set1_ps(v); }
 JADDER_INLINE Vec Sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 JADDER_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -54,6 +57,9 @@ JADDER_INLINE Vec Max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 JADDER_INLINE Vec Min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 JADDER_INLINE float HorizontalSum(Vec a) { return _mm512_reduce_add_ps(a); }
 JADDER_INLINE bool AnyNan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+JADDER_INLINE Vec WherePositive(Vec a, Vec b) {  // b, or zero where a is not positive
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), b);
+}
 
 // min(|d|, bound) with d's sign, in one instruction. NaN turns into the bound.
 JADDER_INLINE Vec ClipFinite(Vec d, Vec bound) { return _mm512_range_ps(d, bound, 2); }
@@ -122,6 +128,11 @@ JADDER_INLINE Vec LoadFirst(const float* p, int64_t count) {  // zeros in the la
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(end, lane));
 }
 JADDER_INLINE void Store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+JADDER_INLINE void StoreFirst(float* p, int64_t count, Vec v) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i end = _mm256_set1_epi32(static_cast<int>(count));
+  _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(end, lane), v);
+}
 JADDER_INLINE Vec Broadcast(float v) { return _mm256_set1_ps(v); }
 JADDER_INLINE Vec Sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 JADDER_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -136,6 +147,9 @@ JADDER_INLINE float HorizontalSum(Vec a) {
 }
 JADDER_INLINE bool AnyNan(Vec a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0;
+}
+JADDER_INLINE Vec WherePositive(Vec a, Vec b) {  // b, or zero where a is not positive
+  return _mm256_and_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GT_OQ), b);
 }
 
 // Both instructions return their second operand where one is NaN.
@@ -201,6 +215,9 @@ JADDER_INLINE Vec LoadFirst(const float* p, int64_t count) {  // zeros in the la
              count > 3 ? p[3] : 0};
 }
 JADDER_INLINE void Store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+JADDER_INLINE void StoreFirst(float* p, int64_t count, Vec v) {
+  for (int i = 0; i < 4 && i < count; ++i) p[i] = v[i];
+}
 JADDER_INLINE Vec Broadcast(float v) { return Vec{v, v, v, v}; }
 JADDER_INLINE Vec Sub(Vec a, Vec b) { return a - b; }
 JADDER_INLINE Vec SubOnFma(Vec a, Vec b, Vec) { return a - b; }
@@ -209,6 +226,9 @@ JADDER_INLINE float HorizontalSum(Vec a) { return (a[0] + a[1]) + (a[2] + a[3]);
 JADDER_INLINE bool AnyNan(Vec a) {
   const Mask nan = a != a;
   return (nan[0] | nan[1] | nan[2] | nan[3]) != 0;
+}
+JADDER_INLINE Vec WherePositive(Vec a, Vec b) {  // b, or zero where a is not positive
+  return (Vec)((Mask)(a > 0) & (Mask)b);
 }
 JADDER_INLINE Vec Select(Mask mask, Vec a, Vec b) {
   return (Vec)((mask & (Mask)a) | (~mask & (Mask)b));

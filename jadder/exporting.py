@@ -15,6 +15,8 @@ JAX exports no foreign calls that it does not know, as it cannot promise that a 
 them; these are jadder's own, by name. The process that loads the file imports jadder first, in a
 version with the same calls, and has its native code. For a file that runs anywhere, without jadder,
 set the products to XLA's loops before (`jadder.set_implementation`); it needs no check disabled.
+Batch normalisation in training, which programs for one CPU have in native code, is never exported
+as that.
 
 Example:
   >>> import jadder, jax.numpy as jnp

@@ -115,3 +115,22 @@ def test_every_native_product_is_among_the_checks(dtype, implementation):
     kinds = {name: next((k for k in ("integer", "int16") if name.startswith(k)), "")
              for name in cpu.TARGETS}  # fmt: skip
     assert called == {name for name, its in kinds.items() if its == kind}
+
+
+def test_a_training_step_without_native_products_runs_anywhere():
+    """Batch normalisation's native code has no name by which it is turned off."""
+    portable = Net(nnx.Rngs(0))
+    assert jadder.set_implementation(portable, "xla") == 2
+    graphdef, state = nnx.split(portable)
+
+    @jax.jit
+    def gradient(state, x):
+        return jax.grad(lambda s: jnp.sum(jnp.sin(nnx.merge(graphdef, s)(x))))(state)
+
+    x = jnp.ones((3, 6, 5, 2)) * jnp.arange(3.0)[:, None, None, None]
+    kinds = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, x))
+    file = jax.export.export(gradient, platforms=("cpu", "cuda"))(*kinds)
+    assert "@jadder_" not in file.mlir_module()
+    found, expected = file.call(state, x), gradient(state, x)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)

@@ -49,6 +49,8 @@ TARGETS = (
     "integer_matmul",
     "integer_conv",
 )
+# Of these, and of no others, a program has native code by itself, and an exported one never has.
+_NORMALIZATIONS = ("standardize", "standardize_gradient")
 _ISAS = ("avx512", "avx2", "baseline")
 
 
@@ -185,6 +187,48 @@ class CpuKernels:
         return {} if self.form == "int16" else {"fast": np.bool_(self.form == "fast")}
 
 
+def standardize(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    *residual: Array,
+    epsilon: float,
+    center_features: bool,
+    rectify: bool,
+) -> tuple[Array, Array, Array]:
+    """`jadder.models.standardize`'s function of float32, with the features on the last axis."""
+    library()
+    types = [jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in (x, scale, scale)]
+    call = jax.ffi.ffi_call("jadder_standardize", types)
+    attributes = _standardize_attributes(epsilon, center_features, rectify)
+    y, mean, var = call(x, scale, bias, *residual, **attributes)
+    return y, mean, var
+
+
+def standardize_gradient(
+    *operands: Array, epsilon: float, center_features: bool, rectify: bool
+) -> tuple[Array, Array, Array]:
+    """The gradients for x, scale and bias, without a residual.
+
+    Args:
+      *operands: x, scale, bias, mean and var, and the gradients of y, mean and var.
+    """
+    library()
+    types = [jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in operands[:3]]
+    call = jax.ffi.ffi_call("jadder_standardize_gradient", types)
+    attributes = _standardize_attributes(epsilon, center_features, rectify)
+    dx, dscale, dbias = call(*operands, **attributes)
+    return dx, dscale, dbias
+
+
+def _standardize_attributes(epsilon: float, center: bool, rectify: bool) -> dict[str, Any]:
+    return {
+        "epsilon": np.float32(epsilon),
+        "center": np.bool_(center),
+        "rectify": np.bool_(rectify),
+    }
+
+
 def _call(
     target: str,
     shape: Sequence[int],
@@ -264,7 +308,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             f"the native library was built with the headers of jaxlib {built}, and jaxlib "
             f"{jaxlib.version.__version__} is older"
         )
-    for target in TARGETS:
+    for target in (*TARGETS, *_NORMALIZATIONS):
         capsule = jax.ffi.pycapsule(getattr(library, f"jadder_{target}"))
         jax.ffi.register_ffi_target(f"jadder_{target}", capsule, platform="cpu")
     return library, None

@@ -142,13 +142,13 @@ _product_p = Primitive("adder_product")
 
 def _compute(product: Product, *operands: Array) -> Array:
     """Without the primitive, as far as the operands' types say how."""
-    mesh = _explicit_mesh([jax.typeof(each) for each in operands])
+    mesh = explicit_mesh([jax.typeof(each) for each in operands])
     return product(*operands) if mesh is None else _on_explicit_axes(product, mesh)(*operands)
 
 
 def _result_type(*operands: ShapedArray, product: Product) -> ShapedArray:
     layout = product.layout(operands)
-    mesh = _explicit_mesh(operands)
+    mesh = explicit_mesh(operands)
     sharding: Sharding = () if mesh is None else _explicit_plan(product, mesh, operands)[1]
     return operands[0].update(
         shape=layout.shape(layout.result),
@@ -185,7 +185,7 @@ def _lower(context: mlir.LoweringRuleContext, *operands: Any, product: Product) 
     compute: Callable[..., Array] = functools.partial(_compute, product)
     if lowered_literally.value:
         compute = product.literal()
-    elif _explicit_mesh(types) is None and (devices := _partitioned_over(module)):
+    elif explicit_mesh(types) is None and (devices := _partitioned_over(module)):
         compute = _on_automatic_axes(product, types, devices)
         # Any devices will do: a partitioned program has their positions only.
         axes = mlir.ShardingContext(len(devices), tuple(devices))
@@ -233,7 +233,7 @@ mlir.register_lowering(_product_p, _lower)
 # -- Explicit mesh axes ----------------------------------------------------------------------------
 
 
-def _explicit_mesh(operands: Sequence[ShapedArray]) -> AbstractMesh | None:
+def explicit_mesh(operands: Sequence[ShapedArray]) -> AbstractMesh | None:
     """The mesh with explicit axes that the operands' types name, or that is set, if there is."""
     meshes = [*(each.sharding.mesh for each in operands), jax.sharding.get_abstract_mesh()]
     return next((mesh for mesh in meshes if mesh.explicit_axes), None)

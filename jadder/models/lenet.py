@@ -10,7 +10,7 @@ from jax import Array
 
 from jadder.models.family import Family, end_family, get_family
 from jadder.models.images import check_images, flatten, image_shape, max_pool
-from jadder.models.normalization import BatchNormName, get_batch_norm
+from jadder.models.normalization import BatchNormName, get_batch_norm, rectified
 
 _SMALLEST_FOR_VALID = 12
 
@@ -92,8 +92,8 @@ class LeNet5(nnx.Module):
           TypeError: images that are not floating.
         """
         check_images(images, self.channels, self.image_shape)
-        x = max_pool(nnx.relu(self.bn1(self.conv1(images))), 2)
-        x = max_pool(nnx.relu(self.bn2(self.conv2(x))), 2)
-        x = nnx.relu(self.bn3(self.fc1(flatten(x))))
-        x = nnx.relu(self.bn4(self.fc2(x)))
+        x = max_pool(rectified(self.bn1, self.conv1(images)), 2)
+        x = max_pool(rectified(self.bn2, self.conv2(x)), 2)
+        x = rectified(self.bn3, self.fc1(flatten(x)))
+        x = rectified(self.bn4, self.fc2(x))
         return self.bn5(self.fc3(x))

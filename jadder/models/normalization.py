@@ -104,29 +104,32 @@ class BatchNorm(nnx.BatchNorm):
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
-        if self.center_features:
-            x = self._centered(x)
         if use_running_average:
-            evaluated: Array = super().__call__(x, use_running_average=True)
+            evaluated: Array = super().__call__(self._centered(x), use_running_average=True)
             return evaluated
+        if mask is None and self.axis_name is None:
+            return self._standardized(x)
+        count = self._count(x, mask)
+        old_var = self.var[...]
+        y: Array = super().__call__(self._centered(x), use_running_average=False, mask=mask)
+        # Flax has moved var by (1 - momentum) · biased; unbiased - biased is biased / (count - 1).
+        moved = self.var[...] - self.momentum * old_var
+        self.var[...] = lax.stop_gradient(self.var[...] + moved / (count - 1))
+        return y
 
+    def _count(self, x: Array, mask: Array | None = None) -> Array | int:
+        """How many values there are of a feature: at least two, where that is known."""
         count = values_per_feature(self, x, mask)
         if not isinstance(count, jax.Array) and count < 2:
             raise ValueError(
                 "BatchNorm in training mode needs at least two values per feature, "
                 f"got an input of shape {x.shape}"
             )
-        if mask is None and self.axis_name is None:
-            return self._standardized(x, count)
-        old_var = self.var[...]
-        y: Array = super().__call__(x, use_running_average=False, mask=mask)
-        # Flax has moved var by (1 - momentum) · biased; unbiased - biased is biased / (count - 1).
-        moved = self.var[...] - self.momentum * old_var
-        self.var[...] = lax.stop_gradient(self.var[...] + moved / (count - 1))
-        return y
+        return count
 
-    def _standardized(self, x: Array, count: Array | int) -> Array:
+    def _standardized(self, x: Array, **options: Any) -> Array:
         """What Flax computes in training, with less work for its derivative."""
+        count = self._count(x)
         given: list[Any] = [
             x if parameter is None else parameter[...]
             for parameter in (self.mean, self.var, self.scale, self.bias)
@@ -134,17 +137,63 @@ class BatchNorm(nnx.BatchNorm):
         x, old_mean, old_var, scale, bias = self.promote_dtype((x, *given), dtype=self.dtype)
         scale = scale if self.use_scale else jnp.ones_like(old_mean)
         bias = bias if self.use_bias else jnp.zeros_like(old_mean)
-        y, mean, var = standardize(x, scale, bias, self.axis, self.epsilon)
+        y, mean, var = standardize(
+            x,
+            scale,
+            bias,
+            self.axis,
+            self.epsilon,
+            center_features=self.center_features,
+            **options,
+        )
         unbiased = var * (count / (count - 1))
         for statistic, old, new in ((self.mean, old_mean, mean), (self.var, old_var, unbiased)):
             moved = self.momentum * old + (1 - self.momentum) * new
             statistic[...] = lax.stop_gradient(moved)
         return y if self.dtype is None else y.astype(self.dtype)
 
+    def _is_one_function(self, x: Array, residual: Array | None) -> bool:
+        """Whether a call is `standardize`, and rounds nothing before a residual is added."""
+        if self.use_running_average or self.axis_name is not None:
+            return False
+        if type(self).__call__ is not BatchNorm.__call__:
+            return False
+        if residual is None:
+            return True
+        given = (self.mean, self.var, self.scale, self.bias)
+        present = [each[...] for each in given if each is not None]
+        wide = jnp.result_type(jnp.float32, x, *present)
+        same = residual.shape == x.shape and residual.dtype == wide
+        return same and (self.dtype is None or self.dtype == wide)
+
     def _centered(self, x: Array) -> Array:
+        if not self.center_features:
+            return x
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centered: Array = wide - wide.mean(self.axis, keepdims=True)
         return centered
+
+
+def rectified(norm: Callable[[Array], Array], x: Array, residual: Array | None = None) -> Array:
+    """``nnx.relu(norm(x) + residual)``; a `BatchNorm` in training takes no further pass for it.
+
+    Args:
+      norm: a normalisation, or any other layer.
+      x: what it takes.
+      residual: of the shape of the result; None: nothing is added.
+
+    Returns:
+      An array of the shape of the result.
+
+    Example:
+      >>> norm = BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> rectified(norm, jnp.array([[0.0], [2.0]]))[0].item()
+      0.0
+    """
+    if isinstance(norm, BatchNorm) and norm._is_one_function(x, residual):
+        return norm._standardized(x, rectify=True, residual=residual)
+    y = norm(x)
+    return nnx.relu(y if residual is None else y + residual)
 
 
 def values_per_feature(norm: nnx.BatchNorm, x: Array, mask: Array | None) -> Array | int:

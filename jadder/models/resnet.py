@@ -15,7 +15,7 @@ from jax import Array
 
 from jadder.models.family import Family, end_family, get_family
 from jadder.models.images import check_images, max_pool
-from jadder.models.normalization import BatchNormName, get_batch_norm
+from jadder.models.normalization import BatchNormName, get_batch_norm, rectified
 
 
 def _shortcut(
@@ -71,9 +71,8 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(batch, height, width, in_features) to (batch, height / strides, ..., features)."""
-        y = nnx.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return nnx.relu(y + _through(self.downsample, x))
+        y = rectified(self.bn1, self.conv1(x))
+        return rectified(self.bn2, self.conv2(y), _through(self.downsample, x))
 
 
 class Bottleneck(nnx.Module):
@@ -113,10 +112,9 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(batch, height, width, in_features) to (batch, height / strides, ..., 4 · features)."""
-        y = nnx.relu(self.bn1(self.conv1(x)))
-        y = nnx.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return nnx.relu(y + _through(self.downsample, x))
+        y = rectified(self.bn1, self.conv1(x))
+        y = rectified(self.bn2, self.conv2(y))
+        return rectified(self.bn3, self.conv3(y), _through(self.downsample, x))
 
 
 class ResNet(nnx.Module):
@@ -205,7 +203,7 @@ class ResNet(nnx.Module):
           TypeError: images that are not floating.
         """
         check_images(images, self.channels)
-        x = nnx.relu(self.bn1(self.conv1(images)))
+        x = rectified(self.bn1, self.conv1(images))
         if self.stem == "imagenet":
             x = max_pool(x, 3, padding=1)
         for stage in range(self.num_stages):

@@ -11,7 +11,7 @@ from jax import Array
 
 from jadder.models.family import Family, end_family, get_family
 from jadder.models.images import check_images, flatten, image_shape, max_pool
-from jadder.models.normalization import BatchNormName, get_batch_norm
+from jadder.models.normalization import BatchNormName, get_batch_norm, rectified
 
 
 class VGGSmall(nnx.Module):
@@ -91,7 +91,7 @@ class VGGSmall(nnx.Module):
         check_images(images, self.channels, self.image_shape)
         x = images
         for index, (conv, bn) in enumerate(zip(self.conv, self.bn, strict=True)):
-            x = nnx.relu(bn(conv(x)))
+            x = rectified(bn, conv(x))
             if index % 2 == 1:
                 x = max_pool(x, 2)
         return self.fc_bn(self.fc(flatten(x)))

@@ -167,3 +167,64 @@ def test_a_few_cases_of_the_random_search():
     assert sum(counts.values()) == 36
     for found in ("configuration: conv", "hostile: refused", "handler: refused"):
         assert counts[found] > 0, counts
+
+
+STANDARDIZE_ATTRIBUTES = {
+    "epsilon": np.float32(1e-5),
+    "center": np.bool_(True),
+    "rectify": np.bool_(True),
+}
+X, FEATURES = (4, 5, 3), (3,)
+# Each handler's operands and results, the first with a residual.
+STANDARDIZE = {
+    "standardize": ((X, FEATURES, FEATURES, X), (X, FEATURES, FEATURES)),
+    "standardize_gradient": (
+        (X, *[FEATURES] * 4, X, FEATURES, FEATURES),
+        (X, FEATURES, FEATURES),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STANDARDIZE)
+class TestStandardize:
+    """Batch normalisation's calls."""
+
+    def call(self, name, operands, results, dtypes=None, **changes):
+        dtypes = dtypes or [jnp.float32] * len(operands)
+        kinds = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
+        given = [jnp.ones(s, d) for s, d in zip(operands, dtypes, strict=True)]
+        foreign = jax.ffi.ffi_call(f"jadder_{name}", kinds)
+        return jax.block_until_ready(foreign(*given, **(STANDARDIZE_ATTRIBUTES | changes)))
+
+    def refused(self, why, *arguments, **changes):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=rf"INVALID_ARGUMENT.*{why}"):
+            self.call(*arguments, **changes)
+
+    def test_other_shapes_are_refused(self, name):
+        operands, results = STANDARDIZE[name]
+        for found, shape in zip(self.call(name, operands, results), results, strict=True):
+            assert found.shape == shape
+        for shapes in (operands, results):
+            for i, right in enumerate(shapes):
+                for wrong in ((), (*right[:-1], 2), (*right, 1)):
+                    changed = [*shapes[:i], wrong, *shapes[i + 1 :]]
+                    both = (changed, results) if shapes is operands else (operands, changed)
+                    self.refused("jadder: .*", name, *both)
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32, jnp.uint8])
+    def test_other_types_are_refused(self, name, dtype):
+        operands, results = STANDARDIZE[name]
+        for i in range(len(operands)):
+            dtypes = [jnp.float32] * len(operands)
+            dtypes[i] = dtype
+            self.refused("", name, operands, results, dtypes)
+
+    def test_another_number_of_operands_is_refused(self, name):
+        operands, results = STANDARDIZE[name]
+        self.refused("", name, (*operands, (3,)), results)
+        self.refused("", name, operands[:2], results)
+
+    @pytest.mark.parametrize("epsilon", [-1.0, np.nan])
+    def test_an_epsilon_that_is_none_is_refused(self, name, epsilon):
+        operands, results = STANDARDIZE[name]
+        self.refused("epsilon", name, operands, results, epsilon=np.float32(epsilon))

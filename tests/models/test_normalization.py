@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jadder.models import BatchNorm, LayerNorm
+from jadder.models.normalization import rectified
 
 
 def literal_batch_norm(x, scale, bias, epsilon):
@@ -139,6 +140,50 @@ def test_centered_features_give_no_gradient_to_what_they_share():
     gradient = nnx.grad(lambda norm, x: jnp.sum(jnp.sin(norm(x))), argnums=1)(norm, x)
     assert jnp.abs(gradient).max() > 1e-3
     np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-5)
+
+
+class Doubled(BatchNorm):
+    """One whose call is not its own."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [None, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(BatchNorm, {}), (BatchNorm, {"center_features": True, "use_scale": False}),
+     (BatchNorm, {"dtype": jnp.bfloat16}), (nnx.BatchNorm, {}), (Doubled, {})],
+)  # fmt: skip
+def test_rectified_is_what_the_steps_one_by_one_are(make, options, residual, training):
+    random = np.random.default_rng(0)
+    x, way = jnp.asarray(random.normal(-3, 2, (2, 7, 3, 4)), jnp.float32)
+    r = None if residual is None else jnp.asarray(way.transpose(1, 0, 2).reshape(x.shape), residual)
+
+    def steps(norm, x, r=None):
+        y = norm(x)
+        return nnx.relu(y if r is None else y + r)
+
+    found = []
+    for function in (rectified, steps):
+        norm = make(4, **options, rngs=nnx.Rngs(0))
+        norm.use_running_average = not training
+
+        @nnx.jit
+        def results(norm, x, r, function=function):
+            argnums = (0, 1) if r is None else (0, 1, 2)
+            gradient = nnx.grad(
+                lambda norm, x, r: jnp.sum(function(norm, x, r) * way), argnums=argnums
+            )
+            return function(norm, x, r), gradient(norm, x, r), nnx.state(norm)
+
+        found.append(jax.tree.leaves(results(norm, x, r)))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(
+            one.astype(np.float32), other.astype(np.float32), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_one_feature_cannot_be_centered():

@@ -17,7 +17,7 @@ import pytest
 
 NATIVE = Path(__file__).resolve().parent
 SOURCES = NATIVE.parents[1] / "csrc"
-DRIVERS = ("fuzz", "integers", "programs", "tasks")
+DRIVERS = ("fuzz", "integers", "normalize", "programs", "tasks")
 
 # Cases for each of three callers, and threads of the pool they share.
 SANITIZERS = {"address,undefined": (120, 4), "thread": (30, 8)}
