@@ -11,13 +11,14 @@ namespace jadder {
 namespace {
 
 constexpr int64_t kTasksPerThread = 4;         // so that a slow thread delays little
-constexpr int64_t kCopiedFloats = 128 * 1024;  // most floats of a task's copy of g
-// The cost of what goes with each term of a vector, in such terms: turning a value of g, and moving
-// one of x and dx.
-constexpr double kTurning = 0.6, kMoving = 2;
+constexpr int64_t kCopiedFloats = 128 * 1024;  // most floats of a task's copy of g, or nearly
+constexpr int64_t kCacheLine = 16;             // floats
+// Costs beside the terms, in terms of one vector, as measured: of turning a value of g, of moving
+// one of x and dx, and of a target pixel where lanes are channels.
+constexpr double kTurning = 0.9, kMoving = 4, kStarting = 20;
 
-// The phases of one dimension, which all meet the same sources: `spread` + 1 of them for the targets
-// of one number, from first + number on.
+// The phases of one dimension. Their targets of one number meet `spread` + 1 sources, from
+// first + number on.
 struct Side {
   const std::vector<Phase>& phases;
   int64_t targets = 0;  // of the phase that has most
@@ -74,25 +75,26 @@ class FewChannels {
     if (down_.spread < 0 || across_.spread < 0) return false;
     if (!CutUp()) return false;
 
-    double vectors = 0, sums = 0;
+    double vectors = 0, sums = 0;  // of the taps of all vectors, and of all pixels
     for (const Phase& y : down_.phases) {
       for (const Phase& x : across_.phases) {
-        const double taps = y.taps.size() * x.taps.size();
+        const double taps = double(y.taps.size()) * double(x.taps.size());
         const Vectors block(std::min(rows_, y.count), std::min(columns_, x.count), line_,
                             kernels_.lanes);
-        vectors += double(block.count) * taps * CeilDiv(y.count, rows_) *
-                   CeilDiv(x.count, columns_);
-        sums += double(y.count) * double(x.count) * taps;
+        vectors += taps * double(block.count) * double(CeilDiv(y.count, rows_)) *
+                   double(CeilDiv(x.count, columns_));
+        sums += taps * double(y.count) * double(x.count);
       }
     }
-    const double copied = double(line_) * double(rows_ + down_.spread) * row_tasks_ * column_tasks_;
-    const double moved = double(s_.in[0]) * double(s_.in[1]) * channels_;
-    const double ours =
-        vectors * terms_ * channels_ + kTurning * copied * planes_ + kMoving * moved;
-    // Lane-wise, vectors have the channels of several groups.
+    const double pixels = double(s_.in[0]) * double(s_.in[1]), groups = s_.groups;
+    const double turned = double(line_) * double(rows_ + down_.spread) * double(row_tasks_) *
+                          double(column_tasks_) * double(planes_);
+    const double ours = vectors * double(terms_ * channels_) + kTurning * turned +
+                        kMoving * pixels * double(channels_);
+    const double theirs = sums * double(terms_) + kStarting * pixels;  // of one vector of channels
     const bool lanewise = s_.groups > 1 && channels_ < kernels_.lanes;
-    const double theirs = sums * terms_ * CeilDiv(lanewise ? s_.channels : channels_, kernels_.lanes);
-    return ours * s_.groups < theirs * (lanewise ? 1 : s_.groups);
+    if (lanewise) return ours * groups < theirs * double(CeilDiv(s_.channels, kernels_.lanes));
+    return ours < theirs * double(CeilDiv(channels_, kernels_.lanes));
   }
 
   // Returns false where w is not finite.
@@ -107,22 +109,17 @@ class FewChannels {
  private:
   // Chooses the blocks. Returns false where a copy for the smallest would not fit a cache.
   bool CutUp() {
-    constexpr int64_t kMost = kCopiedFloats;
-    if (down_.spread >= kMost || across_.spread >= kMost || planes_ >= kMost) return false;
-    columns_ = across_.targets;
-    const auto lines = [&](int64_t rows) {  // of so many rows of a block fit
-      return CheckedProduct(CheckedProduct(planes_, columns_ + across_.spread),
-                            rows + down_.spread) <= kMost;
-    };
-    while (columns_ > 4 * kernels_.lanes && !lines(down_.spread + 1)) {
-      columns_ = CeilDiv(columns_, 2 * kernels_.lanes) * kernels_.lanes;
-    }
-    while (columns_ > kernels_.lanes && !lines(1)) {
-      columns_ = CeilDiv(columns_, 2 * kernels_.lanes) * kernels_.lanes;
-    }
-    if (!lines(1)) return false;
+    if (down_.spread >= kCopiedFloats || across_.spread >= kCopiedFloats) return false;
     rows_ = down_.targets;
-    while (rows_ > 1 && !lines(rows_)) rows_ = CeilDiv(rows_, 2);
+    columns_ = across_.targets;
+    const auto fit = [&](int64_t rows) {  // so many rows of a block, with what else is copied
+      const double plane = double(columns_ + across_.spread) * double(rows + down_.spread);
+      return double(planes_) * (plane + 3 * kCacheLine) <= kCopiedFloats;
+    };
+    while (columns_ > 4 * kernels_.lanes && !fit(down_.spread + 1)) Halve();
+    while (columns_ > kernels_.lanes && !fit(1)) Halve();
+    if (!fit(1)) return false;
+    while (rows_ > 1 && !fit(rows_)) rows_ = CeilDiv(rows_, 2);
     column_tasks_ = CeilDiv(across_.targets, columns_);
     if (pool_.threads() > 1) {
       const int64_t wanted =
@@ -134,9 +131,12 @@ class FewChannels {
     rows_ = CeilDiv(down_.targets, row_tasks_);
     line_ = columns_ + across_.spread;
     // An odd number of cache lines, so that planes do not compete for the same places of a cache.
-    plane_ = CeilDiv(line_ * (rows_ + down_.spread) + 2 * kernels_.lanes, 16) * 16 | 16;
+    const int64_t size = line_ * (rows_ + down_.spread) + 2 * kernels_.lanes;
+    plane_ = (CeilDiv(size, kCacheLine) | 1) * kCacheLine;
     return true;
   }
+
+  void Halve() { columns_ = CeilDiv(columns_, 2 * kernels_.lanes) * kernels_.lanes; }
 
   // w by groups, taps, terms and channels.
   bool Pack(const T* w) {
