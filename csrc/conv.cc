@@ -10,6 +10,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "few_channels.h"
 #include "gather.h"
 #include "products.h"
 #include "types.h"
@@ -72,22 +73,6 @@ void FindPixel(const Gather& gather, int64_t offset, int64_t& y, int64_t& x) {
   x = place % gather.target[1];
 }
 
-// Whether some tap of the phase meets a source at target j.
-bool Meets(const Phase& phase, int64_t j, int64_t sources) {
-  for (const Tap& tap : phase.taps) {
-    const int64_t source = tap.start + j * phase.step;
-    if (source >= 0 && source < sources) return true;
-  }
-  return false;
-}
-
-bool AllMeet(const Phase& phase, int64_t sources) {
-  for (int64_t j = 0; j < phase.count; ++j) {
-    if (!Meets(phase, j, sources)) return false;
-  }
-  return true;
-}
-
 // Zeroes the lanes of targets that no window covers, whatever x is there, and drops them.
 void DropUncovered(const Gather& gather, const Window& window, int64_t lanes, float* out,
                    Pixels& pixels) {
@@ -95,8 +80,8 @@ void DropUncovered(const Gather& gather, const Window& window, int64_t lanes, fl
   for (int64_t i = 0; i < pixels.count; ++i) {
     int64_t y, x;
     FindPixel(gather, pixels.offset[i], y, x);
-    if (Meets(*window.rows, y / window.rows->period, gather.source[0]) &&
-        Meets(*window.columns, x / window.columns->period, gather.source[1])) {
+    if (window.rows->Meets(y / window.rows->period, gather.source[0]) &&
+        window.columns->Meets(x / window.columns->period, gather.source[1])) {
       pixels.row[kept] = pixels.row[i];
       pixels.offset[kept++] = pixels.offset[i];
     } else {
@@ -204,7 +189,7 @@ class Convolution {
     CutUp(kernels_, form_, gather_, parts, pool_.threads(), part);
     part.runs = PassRuns(part.shape, part.window.Runs(gather_), gather_.width);
     if (form_.is_gradient()) {
-      part.covered = AllMeet(down, gather_.source[0]) && AllMeet(across, gather_.source[1]);
+      part.covered = down.AllMeet(gather_.source[0]) && across.AllMeet(gather_.source[1]);
     } else if (taps != filters_.window[0] * filters_.window[1]) {
       if (magnitudes_.empty()) magnitudes_ = Magnitudes(gather_, filters_, w_);
       part.absent = magnitudes_.Without(down, across);
@@ -354,6 +339,7 @@ void RunGradient(const Kernels& kernels, Pool& pool, const ConvShape& s, const F
     }
     phases[d] = SplitPhases(s.in[d], s.lhs_dilation[d], s.stride[d], offsets);
   }
+  if (ConvDxOfFewChannels<T>(kernels, pool, s, form, phases, x, w, g, dx)) return;
   RunConvolution<T>(kernels, pool, form, gather, filters, phases, w, g, x, dx,
                     [&](int64_t channel) {
                       return channel % gather.lanes * s.filters +

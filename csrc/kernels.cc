@@ -407,12 +407,191 @@ void CheckedOuterTile(const OuterTile& tile) {
   }
 }
 
+// How many vectors of pixels share the value that w has for them, in registers.
+constexpr int PixelVectors(int channels) {
+  return channels == 1 ? 4 : channels <= (kRegisters == 32 ? 5 : 3) ? 2 : 1;
+}
+constexpr int PairPixelVectors(int channels) {
+  return channels == 1 ? 4 : channels <= (kRegisters == 32 ? 4 : 1) ? 2 : 1;
+}
+
+template <class Term, int kChannels, int kVectors>
+JADDER_INLINE void SumPixels(const PixelBlock& block, int64_t first) {
+  const Vec one = OpaqueOne(), bound = Broadcast(block.bound);
+  Vec sum[kChannels][kVectors], x[kChannels][kVectors];
+#pragma GCC unroll 16
+  for (int c = 0; c < kChannels; ++c) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      sum[c][v] = Broadcast(0);
+      x[c][v] = Load(block.x + c * block.channel_stride + (first + v) * kLanes);
+    }
+  }
+  for (int64_t i = 0; i < block.num_taps; ++i) {
+    const float* w = block.w + block.taps[i].w_offset;
+    const float* const end = w + block.terms * kChannels;
+    const float* g[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      g[v] = block.g + block.starts[first + v] + block.taps[i].g_offset;
+    }
+    for (; w < end; w += kChannels) {
+      Vec value[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        value[v] = Load(g[v]);
+        g[v] += block.g_stride;
+      }
+#pragma GCC unroll 16
+      for (int c = 0; c < kChannels; ++c) {
+        const Vec lane = Broadcast(w[c]);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          sum[c][v] =
+              (c * kVectors + v) % 2
+                  ? Term::template Add<true>(sum[c][v], x[c][v], lane, value[v], one, bound)
+                  : Term::template Add<false>(sum[c][v], x[c][v], lane, value[v], one, bound);
+        }
+      }
+    }
+  }
+  const Vec factor = Broadcast(block.factor);
+#pragma GCC unroll 16
+  for (int c = 0; c < kChannels; ++c) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      Store(block.out + c * block.channel_stride + (first + v) * kLanes, sum[c][v] * factor);
+    }
+  }
+}
+
+template <int kChannels, int kVectors>
+JADDER_INLINE bool PixelsAreFinite(const PixelBlock& block, int64_t first) {
+  Vec nan = Broadcast(0);
+#pragma GCC unroll 16
+  for (int c = 0; c < kChannels; ++c) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      nan = Fma(Load(block.x + c * block.channel_stride + (first + v) * kLanes), Broadcast(0), nan);
+    }
+  }
+  return !AnyNan(nan);
+}
+
+template <class Term, class ExactTerm>
+struct PixelSums {
+  static constexpr int Vectors(int channels) { return PixelVectors(channels); }
+
+  template <int kChannels, int kVectors>
+  __attribute__((noinline)) static void Run(const PixelBlock& block, int64_t first) {
+    if (PixelsAreFinite<kChannels, kVectors>(block, first)) {
+      return SumPixels<Term, kChannels, kVectors>(block, first);
+    }
+    for (int v = 0; v < kVectors; ++v) SumPixels<ExactTerm, kChannels, 1>(block, first + v);
+  }
+};
+
+// As PairClipTile. Chunks go on from tap to tap, which may have few terms.
+struct PairPixelSums {
+  static constexpr int Vectors(int channels) { return PairPixelVectors(channels); }
+
+  template <int kChannels, int kVectors>
+  __attribute__((noinline)) static void Run(const PixelBlock& block, int64_t first) {
+    const Vec bound = BroadcastPair(block.bound_steps), inverse = Broadcast(1 / block.step);
+    Vec low[kChannels][kVectors], high[kChannels][kVectors], sum[kChannels][kVectors];
+    Vec total[kChannels][kVectors], of_g[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      of_g[v] = Broadcast(0);
+      const float* sums = block.g + block.starts[first + v] + block.terms * block.g_stride;
+      for (int64_t i = 0; i < block.num_taps; ++i) {
+        of_g[v] = of_g[v] + Load(sums + block.taps[i].g_offset);
+      }
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < kChannels; ++c) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        const float* target = block.x + c * block.channel_stride + (first + v) * kLanes;
+        const Vec x = ToIntegers(Load(target) * inverse), both = PairOf(x, x);
+        low[c][v] = SubPairs(both, bound);
+        high[c][v] = AddPairs(both, bound);
+        total[c][v] = Sub(Broadcast(0), ToFloats(x) * of_g[v]);
+        sum[c][v] = Broadcast(0);
+      }
+    }
+    int64_t room = kChunkTerms;
+    for (int64_t i = 0; i < block.num_taps; ++i) {
+      const float* w = block.w + block.taps[i].w_offset;
+      const float* g[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        g[v] = block.g + block.starts[first + v] + block.taps[i].g_offset;
+      }
+      for (int64_t left = block.terms; left > 0;) {
+        const int64_t length = left < room ? left : room;
+        const float* const end = w + length * kChannels;
+        for (; w < end; w += kChannels) {
+          Vec value[kVectors];
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) {
+            value[v] = Load(g[v]);
+            g[v] += block.g_stride;
+          }
+#pragma GCC unroll 16
+          for (int c = 0; c < kChannels; ++c) {
+            const Vec lane = Broadcast(w[c]);
+#pragma GCC unroll 16
+            for (int v = 0; v < kVectors; ++v) {
+              const Vec clipped = MinPairs(MaxPairs(lane, low[c][v]), high[c][v]);
+              sum[c][v] = AddProducts(sum[c][v], clipped, value[v]);
+            }
+          }
+        }
+        left -= length;
+        room -= length;
+        if (room > 0) continue;
+        room = kChunkTerms;
+#pragma GCC unroll 16
+        for (int c = 0; c < kChannels; ++c) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) {
+            total[c][v] = total[c][v] + ToFloats(sum[c][v]);
+            sum[c][v] = Broadcast(0);
+          }
+        }
+        ForgetLoads();
+      }
+    }
+    const Vec factor = Broadcast(block.factor * block.step * block.row_step);
+#pragma GCC unroll 16
+    for (int c = 0; c < kChannels; ++c) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        Store(block.out + c * block.channel_stride + (first + v) * kLanes,
+              (total[c][v] + ToFloats(sum[c][v])) * factor);
+      }
+    }
+  }
+};
+
+template <class Sums, int kChannels>
+void RunPixelBlock(const PixelBlock& block) {
+  constexpr int kVectors = Sums::Vectors(kChannels);
+  int64_t v = 0;
+  for (; v + kVectors <= block.vectors; v += kVectors) {
+    Sums::template Run<kChannels, kVectors>(block, v);
+  }
+  for (; v < block.vectors; ++v) Sums::template Run<kChannels, 1>(block, v);
+}
+
 template <class Function, int kSize>
 struct Table {
   Function at[kSize];
 };
 using Tiles = Table<void (*)(const Tile&), kMaxRows>;
 using OuterTiles = Table<void (*)(const OuterTile&), kMaxRows>;
+using PixelBlocks = Table<void (*)(const PixelBlock&), kMaxPixelChannels>;
 
 // Tables by number of rows, from 1.
 template <bool kLanewise, int kVectors, int... kLess>
@@ -447,9 +626,14 @@ template <class Term, class ExactTerm, bool kLanewise, int... kLess>
 constexpr OuterTiles BoundedOuterTiles(std::integer_sequence<int, kLess...>) {
   return {{CheckedOuterTile<Term, ExactTerm, kLanewise, kLess + 1>...}};
 }
+template <class Sums, int... kLess>
+constexpr PixelBlocks PixelBlocksOf(std::integer_sequence<int, kLess...>) {
+  return {{RunPixelBlock<Sums, kLess + 1>...}};
+}
 
 using ForwardSizes = std::make_integer_sequence<int, kForwardRows>;
 using GradientSizes = std::make_integer_sequence<int, kGradientRows>;
+using ChannelSizes = std::make_integer_sequence<int, kMaxPixelChannels>;
 
 constexpr Tiles kAbs1 = AbsTiles<false, 1>(ForwardSizes{});
 constexpr Tiles kAbs2 = AbsTiles<false, 2>(ForwardSizes{});
@@ -477,6 +661,12 @@ constexpr OuterTiles kLaneOuterClips =
     BoundedOuterTiles<ClipTerm, ExactClipTerm, true>(GradientSizes{});
 constexpr OuterTiles kLaneOuterSigns =
     BoundedOuterTiles<SignTerm, ExactSignTerm, true>(GradientSizes{});
+
+constexpr PixelBlocks kPixelClips =
+    PixelBlocksOf<PixelSums<ClipTerm, ExactClipTerm>>(ChannelSizes{});
+constexpr PixelBlocks kPixelSigns =
+    PixelBlocksOf<PixelSums<SignTerm, ExactSignTerm>>(ChannelSizes{});
+constexpr PixelBlocks kPixelPairClips = PixelBlocksOf<PairPixelSums>(ChannelSizes{});
 
 void RunProduct(Product product, int rows, int vectors, const Tile& tile) {
   switch (product) {
@@ -594,6 +784,79 @@ void RunLanewiseOuter(Product product, int rows, const OuterTile& tile) {
   }
 }
 
+void RunPixels(Product product, int channels, const PixelBlock& block) {
+  switch (product) {
+    case Product::kClip:
+      return kPixelClips.at[channels - 1](block);
+    case Product::kSign:
+      return kPixelSigns.at[channels - 1](block);
+    case Product::kPairClip:
+      return kPixelPairClips.at[channels - 1](block);
+    default:
+      break;
+  }
+}
+
+typedef float Four __attribute__((vector_size(16)));
+typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
+
+JADDER_INLINE Four LowHalves(Four a, Four b) {  // a0 b0 a1 b1
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#else
+  typedef int32_t Places __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Places{0, 4, 1, 5});
+#endif
+}
+JADDER_INLINE Four HighHalves(Four a, Four b) {  // a2 b2 a3 b3
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+  typedef int32_t Places __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Places{2, 6, 3, 7});
+#endif
+}
+
+void Transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+               int64_t to_stride) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    const float* row = from + r * from_stride;
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      Four in[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        in[i] = *reinterpret_cast<const UnalignedFour*>(row + i * from_stride + c);
+      }
+      const Four even[2] = {LowHalves(in[0], in[2]), HighHalves(in[0], in[2])};
+      const Four odd[2] = {LowHalves(in[1], in[3]), HighHalves(in[1], in[3])};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        *reinterpret_cast<UnalignedFour*>(to + (c + i) * to_stride + r) =
+            i % 2 ? HighHalves(even[i / 2], odd[i / 2]) : LowHalves(even[i / 2], odd[i / 2]);
+      }
+    }
+    for (; c < columns; ++c) {
+      for (int i = 0; i < 4; ++i) to[c * to_stride + r + i] = row[i * from_stride + c];
+    }
+  }
+  for (; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
+
+void PlaneSums(const float* planes, int64_t stride, int64_t count, int64_t width, float* sums) {
+  const Vec ones = BroadcastPair(1);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    Vec sum = Broadcast(0);
+    for (int64_t p = 0; p < count; ++p) {
+      sum = AddProducts(sum, Load(planes + p * stride + i), ones);
+    }
+    Store(sums + i, ToFloats(sum));
+  }
+}
+
 void AddRows(const float* data, const int64_t* offsets, int64_t count, int64_t width,
              float* sums) {
   for (int64_t lane = 0; lane < width; lane += kLanes) {
@@ -675,7 +938,7 @@ inline constexpr bool kAddsProducts = false;
 
 const Kernels kKernels = {
     JADDER_NAME(JADDER_ISA), kLanes, kForwardRows, kForwardVectors, kGradientRows, kPairClipRows,
-    kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter, RunLanewiseOuter, AddRows,
-    WidenRange, RoundToGrid, PairUp};
+    kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter, RunLanewiseOuter,
+    RunPixels, Transpose, PlaneSums, AddRows, WidenRange, RoundToGrid, PairUp};
 
 }  // namespace jadder::JADDER_ISA

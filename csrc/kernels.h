@@ -91,6 +91,39 @@ struct OuterTile {
   float step;        // kPairOuter: of x times that of g
 };
 
+// A tap of a PixelBlock: where it meets g, from a vector's start, and its first term in w.
+struct PixelTap {
+  int64_t g_offset, w_offset;
+};
+
+// Some target pixels of the gradient for x, as one task computes them where channels are too few to
+// fill a vector. Lanes are pixels that are neighbours in a plane, and each channel c has a plane:
+//
+//   out[c][v · lanes + lane] = factor · Σ_tap Σ_k
+//       ψ(w[tap.w_offset + k · channels + c] - x[c][v · lanes + lane])
+//       · g[k][starts[v] + tap.g_offset + lane]
+//
+// for kClip, kSign and kPairClip, which has Σ_k g in one more plane of g, as floats of integers.
+struct PixelBlock {
+  const PixelTap* taps;
+  int64_t num_taps;
+  int64_t terms;  // of each tap
+  const float* w;
+  const float* g;
+  int64_t g_stride;  // from plane to plane
+  const int64_t* starts;
+  int64_t vectors;
+  const float* x;
+  float* out;
+  int64_t channel_stride;  // from plane to plane, of x and out
+  float factor;
+  float bound;          // kClip
+  float step;           // kPairClip: of x and w
+  float row_step;       // kPairClip: of g
+  int16_t bound_steps;  // kPairClip: the bound, in steps
+};
+inline constexpr int kMaxPixelChannels = 7;
+
 // Tiles come in two kinds. In most, a term of a row is one float, which meets every lane of the
 // panel. In lane-wise tiles it is a whole vector, each lane meeting its own: products whose groups
 // have fewer channels than a vector has lanes, above all depthwise ones.
@@ -110,6 +143,15 @@ struct Kernels {
   // `vectors` may be more than one for kOuter and kPairOuter only.
   void (*outer)(Product product, int rows, int vectors, const OuterTile& tile);
   void (*lanewise_outer)(Product product, int rows, const OuterTile& tile);
+  // w is finite. At most kMaxPixelChannels channels.
+  void (*pixels)(Product product, int channels, const PixelBlock& block);
+  // to[c · to_stride + r] = from[r · from_stride + c]
+  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns,
+                    float* to, int64_t to_stride);
+  // sums[i] = Σ of the integers of planes[p · stride + i] over `count` planes, for i < width, which
+  // is a multiple of `lanes`.
+  void (*plane_sums)(const float* planes, int64_t stride, int64_t count, int64_t width,
+                     float* sums);
   // Adds `width` floats, a multiple of `lanes`, at each of the offsets to `sums`.
   void (*add_rows)(const float* data, const int64_t* offsets, int64_t count, int64_t width,
                    float* sums);

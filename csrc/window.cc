@@ -14,6 +14,21 @@ bool Phase::Inside(int64_t sources) const {
   return first_source() >= 0 && first_source() + spread() + (count - 1) * step < sources;
 }
 
+bool Phase::Meets(int64_t j, int64_t sources) const {
+  for (const Tap& tap : taps) {
+    const int64_t source = tap.start + j * step;
+    if (source >= 0 && source < sources) return true;
+  }
+  return false;
+}
+
+bool Phase::AllMeet(int64_t sources) const {
+  for (int64_t j = 0; j < count; ++j) {
+    if (!Meets(j, sources)) return false;
+  }
+  return true;
+}
+
 Stretches::Stretches(const Phase& phase, int64_t targets) : step(phase.step) {
   const int64_t length = (targets - 1) * step;  // of what one tap meets, from first to last
   int64_t common = targets > 1 ? step : 0;

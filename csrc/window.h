@@ -21,6 +21,9 @@ struct Phase {
   int64_t first_source() const { return taps.empty() ? 0 : taps.front().start; }
   int64_t spread() const { return taps.empty() ? 0 : taps.back().start - first_source(); }
   bool Inside(int64_t sources) const;  // whether no target reaches beyond the sources
+  // Whether some tap meets a source at target j, and whether one does at each target.
+  bool Meets(int64_t j, int64_t sources) const;
+  bool AllMeet(int64_t sources) const;
 };
 
 // The sources that neighbouring targets of a phase meet: every grain-th one of some stretches.
