@@ -238,10 +238,11 @@ def test_every_change_of_the_resnet_recipe_is_a_network(name: str) -> None:
 
 
 def test_hundred_images_are_learned_by_heart(tmp_path: Path) -> None:
-    result = smoke(hundred_images, tmp_path)
+    # In 20 epochs all but a few are: which ones is a matter of rounding.
+    result = smoke(hundred_images, tmp_path, "--epochs", "60")
     (run,) = result["data"]["runs"]
     assert run["run"]["limit_train"] == 100
-    assert len(run["epochs"]) == 20
+    assert len(run["epochs"]) == 60
     assert run["train_accuracy_evaluated"] == 1
     assert result["data"]["fitted"] == ["adder s0"]
 
