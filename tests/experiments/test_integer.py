@@ -13,13 +13,13 @@ SMALL = ["--dataset", "digits", "--model", "lenet5", "--image-size", "8", "--lim
 
 
 def test_smoke(tmp_path: Path) -> None:
-    result = smoke(integer, tmp_path, "--families", "adder", "--recipe", "exact")
+    result = smoke(integer, tmp_path, "--families", "adder", "--recipe", "inside")
     labels = [run["label"] for run in result["data"]["runs"]]
     assert labels == ["adder", "adder, 2 epochs more", "adder, 3 bits in training"]
     assert set(result["data"]["runs"][0]["integer"]) == {"float", "8", "3"}
     assert set(result["data"]["runs"][2]["integer"]) == {"float", "3"}
     assert result["data"]["runs"][2]["run"]["bits"] == 3
-    assert result["data"]["runs"][0]["run"]["anneal"] == "exact"
+    assert result["data"]["runs"][0]["run"]["kernel_max"] == 2.5
 
 
 def test_a_run_begins_with_the_parameters_of_another(
