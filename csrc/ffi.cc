@@ -23,7 +23,7 @@
 #include "products.h"
 #include "types.h"
 #include "xla/ffi/api/ffi.h"
-#include "xla_pool.h"
+#include "xla_calls.h"
 
 namespace jadder {
 namespace {
@@ -38,15 +38,7 @@ constexpr int64_t kMostFactor = (int64_t{1} << 31) - 1;   // of a stride, a dila
 constexpr int64_t kMostPosition = int64_t{1} << 56;       // in an image with its zeros
 constexpr int64_t kMostByteTerms = kMostFactor / 255;     // whose sum an int32 holds
 
-[[noreturn]] void Refuse(const std::string& why) { throw std::invalid_argument("jadder: " + why); }
-
 using Shape = std::vector<int64_t>;
-
-std::string Text(const Shape& shape) {
-  std::string text;
-  for (const int64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
-  return "(" + text + ")";
-}
 
 void RequireShape(const char* name, const Shape& actual, const Shape& implied) {
   if (actual != implied) {
@@ -170,20 +162,13 @@ bool CallIf(ffi::DataType dtype, F& f) {
 template <typename... Ts, typename F>
 ffi::Error ForType(const Operands& operands, F f) {
   const ffi::DataType dtype = operands.x.element_type();
-  try {
+  return Try([&] {
     if (operands.w.element_type() != dtype ||
         (operands.g != nullptr && operands.g->element_type() != dtype)) {
       Refuse("the operands have different types");
     }
     if (!(CallIf<Ts>(dtype, f) || ...)) Refuse("the product does not take operands of this type");
-  } catch (const std::invalid_argument& error) {
-    return ffi::Error::InvalidArgument(error.what());
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jadder: out of memory");
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(error.what());
-  }
-  return ffi::Error::Success();
+  });
 }
 
 // Of which array a product's result has the shape.

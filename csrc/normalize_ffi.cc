@@ -3,16 +3,13 @@
 // A call comes from any program: all that is relied on is checked before memory is touched.
 
 #include <algorithm>
-#include <exception>
 #include <initializer_list>
-#include <new>
-#include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "normalize.h"
 #include "xla/ffi/api/ffi.h"
-#include "xla_pool.h"
+#include "xla_calls.h"
 
 namespace jadder {
 namespace {
@@ -21,14 +18,6 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using FloatsResult = ffi::Result<Floats>;
 using Dimensions = ffi::AnyBuffer::Dimensions;
-
-[[noreturn]] void Refuse(const std::string& why) { throw std::invalid_argument("jadder: " + why); }
-
-std::string Text(Dimensions shape) {
-  std::string text;
-  for (const int64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
-  return "(" + text + ")";
-}
 
 // An array's name and shape, for those that must be like another.
 struct Named {
@@ -62,20 +51,6 @@ void RequireFeatures(int64_t features, std::initializer_list<Named> arrays) {
              std::to_string(features) + ")");
     }
   }
-}
-
-template <typename F>
-ffi::Error Try(F f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& error) {
-    return ffi::Error::InvalidArgument(error.what());
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jadder: out of memory");
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(error.what());
-  }
-  return ffi::Error::Success();
 }
 
 // With a residual, which is added, as one more operand.

@@ -15,7 +15,7 @@
 
 #include "program.h"
 #include "xla/ffi/api/ffi.h"
-#include "xla_pool.h"
+#include "xla_calls.h"
 
 namespace jadder {
 namespace {

@@ -6,6 +6,7 @@ own products, or products that differ in how they are differentiated.
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,18 +25,26 @@ RULE_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 L1_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
 """As of `jadder.set_l1_share`: the distance begins as Euclid's."""
 
-
-STEEPNESSES = (1.0, 1.0, 2.0, 4.0)
+STEEPNESSES = (1.0, 2.0, 4.0)
 """Factors of the slopes of ψ_x and ψ_w, which come nearer to the sign, the true derivative."""
+
+BEGINNINGS: Mapping[str, tuple[int, ...]] = {
+    "none": (0,),
+    "rule": (0, 3, 6, 9),
+    "distance": (0, 3, 6, 9),
+    "distance_half": (0, 2, 4, 6),
+    "exact": (0, 6, 9),
+}
+"""When the stages of each kind of annealing begin, in twelfths of a run."""
 
 
 def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
-    """The structures of the model in each stage, the last of which is its own.
+    """The structures of the model in each stage.
 
     Args:
         model: what is trained. It is as before when this returns.
-        anneal: 'none' (one stage) or another of `config.ANNEALINGS` (four). Of 'exact' the last
-            differs from the model by its gradient rules.
+        anneal: 'none' (one stage) or another of `config.ANNEALINGS`. The last stage is the
+            model's own; of 'exact' it differs by its gradient rules.
 
     Raises:
         UserError: the model has nothing to anneal.
@@ -45,8 +54,10 @@ def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
     if not jax.tree.leaves(nnx.state(model, AdderKernel)):
         raise UserError(f"--anneal {anneal}: the network has no adder products")
     if anneal == "exact":
-        return _exact(model)
-    return _rules(model) if anneal == "rule" else _distances(model)
+        return _changed(model, _steeper, STEEPNESSES)
+    if anneal == "rule":
+        return _changed(model, _with_slope, RULE_FACTORS)
+    return _distances(model)
 
 
 def stage_of(step: int, total_steps: int, anneal: str) -> int:
@@ -58,10 +69,7 @@ def stage_of(step: int, total_steps: int, anneal: str) -> int:
         >>> [stage_of(step, 6, "distance_half") for step in range(6)]
         [0, 1, 2, 3, 3, 3]
     """
-    if anneal == "none":
-        return 0
-    parts = 6 if anneal == "distance_half" else 4
-    return min(step * parts // total_steps, 3)
+    return sum(12 * step >= begin * total_steps for begin in BEGINNINGS[anneal]) - 1
 
 
 def products(model: nnx.Module) -> list[tuple[Any, str, Product]]:
@@ -82,20 +90,14 @@ def _distances(model: nnx.Module) -> list[nnx.GraphDef[Any]]:
     return structures
 
 
-def _rules(model: nnx.Module) -> list[nnx.GraphDef[Any]]:
+def _changed(
+    model: nnx.Module, change: Callable[[Product, float], Product], factors: Sequence[float]
+) -> list[nnx.GraphDef[Any]]:
+    """The structures of the model with all its products changed, by each factor."""
     found, structures = products(model), []
-    for factor in RULE_FACTORS:
+    for factor in factors:
         for module, name, product in found:
-            setattr(module, name, _with_slope(product, factor))
-        structures.append(nnx.graphdef(model))
-    return structures
-
-
-def _exact(model: nnx.Module) -> list[nnx.GraphDef[Any]]:
-    found, structures = products(model), []
-    for factor in STEEPNESSES:
-        for module, name, product in found:
-            setattr(module, name, _steeper(product, factor))
+            setattr(module, name, change(product, factor))
         structures.append(nnx.graphdef(model))
     for module, name, product in found:
         setattr(module, name, product)

@@ -199,8 +199,9 @@ class TrainConfig:
         "training",
         "change adder products in four stages, of equal length: 'rule' begins with an eighth of "
         "the slope of the rule of inputs, 'distance' with (x - w)^2 / 2 in place of |x - w|; "
-        "'distance_half' has the last stage begin at half of the run, 'exact' makes both gradient "
-        "rules up to four times as steep in the second half, and that of kernels clip(4 d, -1, 1)",
+        "'distance_half' has the last stage begin at half of the run; 'exact' has three stages: "
+        "gradient rules are twice as steep from half of the run on and four times in the last "
+        "quarter, that of kernels bounded by 1",
         choices=ANNEALINGS,
     )
     start: str | None = _option(

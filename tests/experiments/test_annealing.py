@@ -16,7 +16,14 @@ from experiments.common.errors import UserError
 from experiments.common.interrupt import Interrupted
 from experiments.images.dataset import Dataset
 from experiments.images.load import load
-from experiments.training.annealing import L1_SHARES, RULE_FACTORS, products, stage_of, stages
+from experiments.training.annealing import (
+    BEGINNINGS,
+    L1_SHARES,
+    RULE_FACTORS,
+    products,
+    stage_of,
+    stages,
+)
 from experiments.training.config import ANNEALINGS, TrainConfig
 from experiments.training.run import Run
 from tests.experiments.stop import StopAfter
@@ -48,9 +55,14 @@ def products_of(graphdef: nnx.GraphDef[Any], model: nnx.Module) -> list[Any]:
 def test_stages_are_in_order_and_end_with_the_last(total: int, anneal: str) -> None:
     found = [stage_of(step, total, anneal) for step in range(total)]
     assert found == sorted(found)
-    lengths = np.bincount(found, minlength=1 if anneal == "none" else 4)
+    lengths = np.bincount(found, minlength={"none": 1, "exact": 3}.get(anneal, 4))
     if anneal == "none":
         assert lengths.tolist() == [total]
+        return
+    if anneal == "exact":
+        assert len(lengths) == 3
+        assert abs(lengths[0] - total / 2) <= 1
+        assert abs(lengths[2] - total / 4) <= 1
         return
     assert len(lengths) == 4
     # Of equal length, the last one of half the run where it is asked for, to a step.
@@ -76,8 +88,8 @@ def test_gradients_become_exact() -> None:
     model = vit(scores="adder")
     before = nnx.graphdef(model)
     graphdefs = stages(model, "exact")
-    assert nnx.graphdef(model) == graphdefs[0] == graphdefs[1] == before
-    for graphdef, slope in zip(graphdefs[2:], (8.0, 16.0), strict=True):
+    assert nnx.graphdef(model) == graphdefs[0] == before
+    for graphdef, slope in zip(graphdefs[1:], (8.0, 16.0), strict=True):
         found = products_of(graphdef, model)  # their own rule of inputs is HT(4d)
         assert {product.rule.x for product in found} == {(slope, 1.0)}
         assert {product.rule.kernel for product in found} == {(slope / 4, 1.0), (slope, 1.0)}
@@ -106,6 +118,7 @@ def test_the_sign_has_no_slope() -> None:
 def test_both_ends_of_annealing() -> None:
     assert RULE_FACTORS[-1] == L1_SHARES[-1] == 1
     assert len(RULE_FACTORS) == len(L1_SHARES) == 4
+    assert set(BEGINNINGS) == set(ANNEALINGS)
     assert set(ANNEALINGS) == {"none", "rule", "distance", "distance_half", "exact"}
 
 
