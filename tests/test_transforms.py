@@ -166,14 +166,24 @@ def high_derivatives(implementation, name, rule):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(derivatives(x, w))]
 
 
-@pytest.mark.parametrize("rule", SECOND_RULES)
-@pytest.mark.parametrize("name", PRODUCTS)
-@pytest.mark.parametrize("implementation", [*implementations("cpu", "cpu_fast"), None])
-def test_second_derivatives_of_native_kernels_are_xla_s(implementation, name, rule):
+def agree_with_xla(implementation, name, rule):
     ours, theirs = (high_derivatives(which, name, rule) for which in (implementation, "xla"))
     for actual, expected in zip(ours, theirs, strict=True):
         scale = np.abs(expected).max(initial=1)
         np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", SECOND_RULES)
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("implementation", implementations("cpu"))
+def test_second_derivatives_of_native_kernels_are_xla_s(implementation, name, rule):
+    agree_with_xla(implementation, name, rule)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("implementation", [*implementations("cpu_fast"), None])
+def test_second_derivatives_of_what_shares_their_gradients(implementation, name):
+    agree_with_xla(implementation, name, GradientRule())
 
 
 @each_implementation
