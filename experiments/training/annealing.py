@@ -6,7 +6,7 @@ own products, or products that differ in how they are differentiated.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,23 +19,36 @@ from jadder.rules import Clip, GradientRule
 
 Product = AdderDotGeneral | AdderConvGeneralDilated
 
-RULE_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
-"""Of the slope of ψ_x: HT(4d) begins as HT(d/2), which is linear where the rule clips later."""
 
-L1_SHARES = (0.0, 1 / 3, 2 / 3, 1.0)
-"""As of `jadder.set_l1_share`: the distance begins as Euclid's."""
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What products are in a part of a run.
 
-STEEPNESSES = (1.0, 2.0, 4.0)
-"""Factors of the slopes of ψ_x and ψ_w, which come nearer to the sign, the true derivative."""
+    Attributes:
+        begin: when, in twelfths of the run.
+        l1_share: as of `jadder.set_l1_share`: at 0 the distance is Euclid's, at 1 the adder's.
+        slope: a factor of ψ_x's slope: at 1/8 HT(4d) is HT(d/2), linear where it clips later.
+        steepness: a factor of the slopes of ψ_x and ψ_w, which come nearer to the sign, the true
+            derivative.
+    """
 
-BEGINNINGS: Mapping[str, tuple[int, ...]] = {
-    "none": (0,),
-    "rule": (0, 3, 6, 9),
-    "distance": (0, 3, 6, 9),
-    "distance_half": (0, 2, 4, 6),
-    "exact": (0, 6, 9),
-}
-"""When the stages of each kind of annealing begin, in twelfths of a run."""
+    begin: int
+    l1_share: float = 1.0
+    slope: float = 1.0
+    steepness: float = 1.0
+
+
+STAGES: Mapping[str, tuple[Stage, ...]] = {
+    "none": (Stage(0),),
+    "rule": (Stage(0, slope=1 / 8), Stage(3, slope=1 / 4), Stage(6, slope=1 / 2), Stage(9)),
+    "distance": (Stage(0, 0), Stage(3, 1 / 3), Stage(6, 2 / 3), Stage(9)),
+    "distance_half": (Stage(0, 0), Stage(2, 1 / 3), Stage(4, 2 / 3), Stage(6)),
+    "exact": (Stage(0), Stage(6, steepness=2), Stage(9, steepness=4)),
+    "distance_exact": (
+        Stage(0, 0), Stage(2, 1 / 3), Stage(4, 2 / 3), Stage(6, steepness=2), Stage(9, steepness=4)
+    ),
+}  # fmt: skip
+"""The kinds of annealing."""
 
 
 def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
@@ -44,7 +57,7 @@ def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
     Args:
         model: what is trained. It is as before when this returns.
         anneal: 'none' (one stage) or another of `config.ANNEALINGS`. The last stage is the
-            model's own; of 'exact' it differs by its gradient rules.
+            model's own, or differs by its gradient rules.
 
     Raises:
         UserError: the model has nothing to anneal.
@@ -53,11 +66,15 @@ def stages(model: nnx.Module, anneal: str) -> list[nnx.GraphDef[Any]]:
         return [nnx.graphdef(model)]
     if not jax.tree.leaves(nnx.state(model, AdderKernel)):
         raise UserError(f"--anneal {anneal}: the network has no adder products")
-    if anneal == "exact":
-        return _changed(model, _steeper, STEEPNESSES)
-    if anneal == "rule":
-        return _changed(model, _with_slope, RULE_FACTORS)
-    return _distances(model)
+    found, structures = products(model), []
+    for stage in STAGES[anneal]:
+        for module, name, product in found:
+            setattr(module, name, _steeper(_sloped(product, stage.slope), stage.steepness))
+        set_l1_share(model, stage.l1_share)
+        structures.append(nnx.graphdef(model))
+    for module, name, product in found:
+        setattr(module, name, product)
+    return structures
 
 
 def stage_of(step: int, total_steps: int, anneal: str) -> int:
@@ -69,7 +86,7 @@ def stage_of(step: int, total_steps: int, anneal: str) -> int:
         >>> [stage_of(step, 6, "distance_half") for step in range(6)]
         [0, 1, 2, 3, 3, 3]
     """
-    return sum(12 * step >= begin * total_steps for begin in BEGINNINGS[anneal]) - 1
+    return sum(12 * step >= stage.begin * total_steps for stage in STAGES[anneal]) - 1
 
 
 def products(model: nnx.Module) -> list[tuple[Any, str, Product]]:
@@ -80,28 +97,6 @@ def products(model: nnx.Module) -> list[tuple[Any, str, Product]]:
         for name, value in vars(module).items()
         if isinstance(value, Product)
     ]
-
-
-def _distances(model: nnx.Module) -> list[nnx.GraphDef[Any]]:
-    structures = []
-    for share in L1_SHARES:
-        set_l1_share(model, share)
-        structures.append(nnx.graphdef(model))
-    return structures
-
-
-def _changed(
-    model: nnx.Module, change: Callable[[Product, float], Product], factors: Sequence[float]
-) -> list[nnx.GraphDef[Any]]:
-    """The structures of the model with all its products changed, by each factor."""
-    found, structures = products(model), []
-    for factor in factors:
-        for module, name, product in found:
-            setattr(module, name, change(product, factor))
-        structures.append(nnx.graphdef(model))
-    for module, name, product in found:
-        setattr(module, name, product)
-    return structures
 
 
 def _steeper(product: Product, factor: float) -> Product:
@@ -115,12 +110,14 @@ def _steeper(product: Product, factor: float) -> Product:
     return dataclasses.replace(product, rule=GradientRule(*rules))
 
 
-def _with_slope(product: Product, factor: float) -> Product:
+def _sloped(product: Product, factor: float) -> Product:
     """The product with ψ_x's slope times `factor`.
 
     Raises:
         UserError: ψ_x is the sign, which has none.
     """
+    if factor == 1:
+        return product
     scale, bound = product.rule.x
     if math.isinf(scale):
         raise UserError("--anneal rule needs a rule with a slope, such as HT(4d), not the sign")

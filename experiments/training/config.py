@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("xla", "cpu", "cpu_fast", "cpu_int16", "mosaic_gpu", "mosaic_
 DTYPES = ("float32", "bfloat16", "float64")
 AUGMENTATIONS = ("standard", "randaugment", "none")
 SCALINGS = ("auto", "on", "off")
-ANNEALINGS = ("none", "rule", "distance", "distance_half", "exact")
+ANNEALINGS = ("none", "rule", "distance", "distance_half", "exact", "distance_exact")
 
 LARGEST = 1e38
 """Of options that float32 has to hold."""
@@ -201,7 +201,8 @@ class TrainConfig:
         "the slope of the rule of inputs, 'distance' with (x - w)^2 / 2 in place of |x - w|; "
         "'distance_half' has the last stage begin at half of the run; 'exact' has three stages: "
         "gradient rules are twice as steep from half of the run on and four times in the last "
-        "quarter, that of kernels bounded by 1",
+        "quarter, that of kernels bounded by 1; 'distance_exact' is the first half of "
+        "'distance_half' and the second of 'exact'",
         choices=ANNEALINGS,
     )
     start: str | None = _option(

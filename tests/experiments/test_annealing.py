@@ -17,9 +17,7 @@ from experiments.common.interrupt import Interrupted
 from experiments.images.dataset import Dataset
 from experiments.images.load import load
 from experiments.training.annealing import (
-    BEGINNINGS,
-    L1_SHARES,
-    RULE_FACTORS,
+    STAGES,
     products,
     stage_of,
     stages,
@@ -33,6 +31,15 @@ CONFIG = TrainConfig(
     model_options=("features=8", "depth=1", "num_heads=2", "mlp_features=8", "norm=layer"),
     checkpoint_every=1e9, devices=1, augment="none",
 )  # fmt: skip
+
+LENGTHS = {
+    "none": [12],
+    "rule": [3, 3, 3, 3],
+    "distance": [3, 3, 3, 3],
+    "distance_half": [2, 2, 2, 6],
+    "exact": [6, 3, 3],
+    "distance_exact": [2, 2, 2, 3, 3],
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +62,9 @@ def products_of(graphdef: nnx.GraphDef[Any], model: nnx.Module) -> list[Any]:
 def test_stages_are_in_order_and_end_with_the_last(total: int, anneal: str) -> None:
     found = [stage_of(step, total, anneal) for step in range(total)]
     assert found == sorted(found)
-    lengths = np.bincount(found, minlength={"none": 1, "exact": 3}.get(anneal, 4))
-    if anneal == "none":
-        assert lengths.tolist() == [total]
-        return
-    if anneal == "exact":
-        assert len(lengths) == 3
-        assert abs(lengths[0] - total / 2) <= 1
-        assert abs(lengths[2] - total / 4) <= 1
-        return
-    assert len(lengths) == 4
-    # Of equal length, the last one of half the run where it is asked for, to a step.
-    *first, last = lengths
-    assert max(first) - min(first) <= 1
-    assert abs(last - (total / 2 if anneal == "distance_half" else total / 4)) <= 1
+    # In twelfths of the run, to a step.
+    lengths = np.bincount(found, minlength=len(LENGTHS[anneal]))
+    assert np.abs(lengths - total * np.asarray(LENGTHS[anneal]) / 12).max() <= 1
 
 
 def test_slopes_double_until_they_are_the_rules_own() -> None:
@@ -115,11 +111,17 @@ def test_the_sign_has_no_slope() -> None:
         stages(vit(family=family), "rule")
 
 
-def test_both_ends_of_annealing() -> None:
-    assert RULE_FACTORS[-1] == L1_SHARES[-1] == 1
-    assert len(RULE_FACTORS) == len(L1_SHARES) == 4
-    assert set(BEGINNINGS) == set(ANNEALINGS)
-    assert set(ANNEALINGS) == {"none", "rule", "distance", "distance_half", "exact"}
+def test_each_annealing_is_known() -> None:
+    assert set(STAGES) == set(ANNEALINGS) == set(LENGTHS)
+
+
+def test_distances_then_exact_gradients() -> None:
+    model = vit()
+    before = nnx.graphdef(model)
+    graphdefs = stages(model, "distance_exact")
+    assert nnx.graphdef(model) == before
+    assert graphdefs[:3] == stages(model, "distance_half")[:3]
+    assert graphdefs[3:] == stages(model, "exact")[1:]
 
 
 def start(folder: Path, dataset: Dataset, **changes: Any) -> Run:
