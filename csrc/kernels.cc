@@ -15,6 +15,8 @@ namespace {
 
 inline constexpr int kForwardRows = kRegisters == 32 ? 12 : 5;
 inline constexpr int kForwardVectors = 2;
+// Of two registers each. There would be room for more, but not for their pointers.
+inline constexpr int kPairMaxRows = kRegisters == 32 ? 8 : 6;
 inline constexpr int kGradientRows = kRegisters == 32 ? 12 : 6;
 #if defined(__AVX512VNNI__)
 inline constexpr int kPairClipRows = 9;  // of three registers each
@@ -140,13 +142,15 @@ struct Chunk {
   }
 };
 
-// Calls visit(begin, length) for stretches of nearly equal length of a run, in floats of its rows.
-template <class Visit>
+// Calls visit(begin, length) for stretches of nearly equal length of a run, in floats of its rows,
+// of which a lane meets every kStride-th.
+template <int kStride = 1, class Visit>
 JADDER_INLINE void ForEachChunk(const Run& run, Visit visit) {
-  const int64_t chunks = (run.length + kChunkTerms - 1) / kChunkTerms;
+  const int64_t steps = (run.length + kStride - 1) / kStride;
+  const int64_t chunks = (steps + kChunkTerms - 1) / kChunkTerms;
   for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t begin = run.length * i / chunks, end = run.length * (i + 1) / chunks;
-    visit(run.offset + begin, end - begin);
+    const int64_t begin = steps * i / chunks * kStride, end = steps * (i + 1) / chunks * kStride;
+    visit(run.offset + begin, (end < run.length ? end : run.length) - begin);
   }
 }
 
@@ -155,57 +159,63 @@ JADDER_INLINE Vec BroadcastPair(int16_t value) {
   return PairOf(integer, integer);
 }
 
-template <int kRows, int kVectors>
+// Two pairs of a row at once, which meet the lanes of two rows of the panel, interleaved: half the
+// loads, which would be the limit. A column's sum is that of two neighbouring lanes then.
+template <int kRows>
 void PairMaxTile(const Tile& tile) {
   const Vec start = BroadcastPair(tile.start), ones = BroadcastPair(1);
-  Vec total[kRows][kVectors] = {};  // in memory, until the end
+  Vec total[kRows][2] = {};  // in memory, until the end
   const float* panel = tile.panel;
   int64_t flushes = 0;
   for (int64_t i = 0; i < tile.num_runs; ++i) {
-    ForEachChunk(tile.runs[i], [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
-      const Chunk<kRows> chunk(tile, begin, length);
-      Vec sum[kRows][kVectors];
+    ForEachChunk<2>(tile.runs[i], [&](int64_t begin, int64_t length)
+                                      __attribute__((always_inline)) {
+      const int64_t even = length & ~int64_t{1};
+      const Chunk<kRows> chunk(tile, begin, even);
+      Vec sum[kRows][2];
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = start;
-      }
-      for (int64_t k = -chunk.bytes; k < 0; k += sizeof(float), panel += kVectors * kLanes) {
-        Vec lane[kVectors];
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) lane[v] = Load(panel + v * kLanes);
+      for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = start;
+      for (int64_t k = -chunk.bytes; k < 0; k += 2 * sizeof(float), panel += 2 * kLanes) {
+        const Vec low = UnpackLow(Load(panel), Load(panel + kLanes));
+        const Vec high = UnpackHigh(Load(panel), Load(panel + kLanes));
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          const Vec value = Broadcast(*reinterpret_cast<const float*>(chunk.row_end[r] + k));
-#pragma GCC unroll 16
-          for (int v = 0; v < kVectors; ++v) {
-            sum[r][v] = AddPairs(sum[r][v], MaxPairs(value, lane[v]));
-          }
+          const Vec value = BroadcastTwo(reinterpret_cast<const float*>(chunk.row_end[r] + k));
+          sum[r][0] = AddPairs(sum[r][0], MaxPairs(value, low));
+          sum[r][1] = AddPairs(sum[r][1], MaxPairs(value, high));
         }
+      }
+      if (even < length) {  // the other pair is zero in both
+        const Vec zero = Broadcast(0);
+        const Vec low = UnpackLow(Load(panel), zero), high = UnpackHigh(Load(panel), zero);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const float last[2] = {*reinterpret_cast<const float*>(chunk.row_end[r]), 0};
+          const Vec value = BroadcastTwo(last);
+          sum[r][0] = AddPairs(sum[r][0], MaxPairs(value, low));
+          sum[r][1] = AddPairs(sum[r][1], MaxPairs(value, high));
+        }
+        panel += kLanes;
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) {
-          total[r][v] = AddProducts(total[r][v], sum[r][v], ones);
-        }
+        total[r][0] = AddProducts(total[r][0], sum[r][0], ones);
+        total[r][1] = AddProducts(total[r][1], sum[r][1], ones);
       }
       ForgetLoads();
       ++flushes;
     });
   }
-  const float started = 4.0f * static_cast<float>(flushes) * tile.start;
+  const float started = 8.0f * static_cast<float>(flushes) * tile.start;
   const Vec twice = Broadcast(2 * tile.step * tile.factor);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     const float both = tile.row_sums[r] + started;  // of the row, and what sums began with
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      float* out = tile.out + tile.offsets[r] + v * kLanes;
-      const Vec rest = Load(tile.column_sums + v * kLanes) - Broadcast(both * tile.step);
-      const Vec value = Fma(ToFloats(total[r][v]), twice, rest * Broadcast(tile.factor));
-      Store(out, tile.add ? Load(out) + value : value);
-    }
+    float* out = tile.out + tile.offsets[r];
+    const Vec rest = Load(tile.column_sums) - Broadcast(both * tile.step);
+    const Vec sum = ToFloats(AddNeighbours(total[r][0], total[r][1]));
+    const Vec value = Fma(sum, twice, rest * Broadcast(tile.factor));
+    Store(out, tile.add ? Load(out) + value : value);
   }
 }
 
@@ -602,9 +612,9 @@ template <int kVectors, int... kLess>
 constexpr Tiles MaxTiles(std::integer_sequence<int, kLess...>) {
   return {{MaxTile<kLess + 1, kVectors>...}};
 }
-template <int kVectors, int... kLess>
+template <int... kLess>
 constexpr Tiles PairMaxTiles(std::integer_sequence<int, kLess...>) {
-  return {{PairMaxTile<kLess + 1, kVectors>...}};
+  return {{PairMaxTile<kLess + 1>...}};
 }
 template <int... kLess>
 constexpr Tiles PairClipTiles(std::integer_sequence<int, kLess...>) {
@@ -639,8 +649,7 @@ constexpr Tiles kAbs1 = AbsTiles<false, 1>(ForwardSizes{});
 constexpr Tiles kAbs2 = AbsTiles<false, 2>(ForwardSizes{});
 constexpr Tiles kMax1 = MaxTiles<1>(ForwardSizes{});
 constexpr Tiles kMax2 = MaxTiles<2>(ForwardSizes{});
-constexpr Tiles kPairMax1 = PairMaxTiles<1>(ForwardSizes{});
-constexpr Tiles kPairMax2 = PairMaxTiles<2>(ForwardSizes{});
+constexpr Tiles kPairMaxs = PairMaxTiles(std::make_integer_sequence<int, kPairMaxRows>{});
 constexpr Tiles kPairClips = PairClipTiles(std::make_integer_sequence<int, kPairClipRows>{});
 constexpr Tiles kClips = GradientTiles<ClipTerm, ExactClipTerm, false>(GradientSizes{});
 constexpr Tiles kSigns = GradientTiles<SignTerm, ExactSignTerm, false>(GradientSizes{});
@@ -679,7 +688,7 @@ void RunProduct(Product product, int rows, int vectors, const Tile& tile) {
     case Product::kSign:
       return kSigns.at[rows - 1](tile);
     case Product::kPairMax:
-      return (vectors == 1 ? kPairMax1 : kPairMax2).at[rows - 1](tile);
+      return kPairMaxs.at[rows - 1](tile);
     case Product::kPairClip:
       return kPairClips.at[rows - 1](tile);
     case Product::kOuter:
@@ -937,8 +946,8 @@ inline constexpr bool kAddsProducts = false;
 }  // namespace
 
 const Kernels kKernels = {
-    JADDER_NAME(JADDER_ISA), kLanes, kForwardRows, kForwardVectors, kGradientRows, kPairClipRows,
-    kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter, RunLanewiseOuter,
+    JADDER_NAME(JADDER_ISA), kLanes, kForwardRows, kForwardVectors, kGradientRows, kPairMaxRows,
+    kPairClipRows, kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter, RunLanewiseOuter,
     RunPixels, Transpose, PlaneSums, AddRows, WidenRange, RoundToGrid, PairUp};
 
 }  // namespace jadder::JADDER_ISA

@@ -133,6 +133,7 @@ struct Kernels {
   int forward_rows;     // most rows of a tile of kAbs and kMax
   int forward_vectors;  // most vectors in a row of its panel
   int gradient_rows;    // most rows of a tile of kClip and kSign, whose panels are one vector wide
+  int pair_max_rows;    // most rows of a tile of kPairMax
   int pair_clip_rows;   // most rows of a tile of kPairClip, whose panels are too
   bool adds_products;   // in one instruction, without which kPairOuter is no quicker than kOuter
 

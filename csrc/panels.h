@@ -33,7 +33,9 @@ struct Form {
   bool of_pairs() const {
     return product == Product::kPairMax || product == Product::kPairClip;
   }
+  bool has_wide_panels() const { return !is_gradient() && !lanewise && !of_pairs(); }
   int most_rows(const Kernels& kernels) const {
+    if (product == Product::kPairMax) return kernels.pair_max_rows;
     if (product == Product::kPairClip) return kernels.pair_clip_rows;
     return is_gradient() ? kernels.gradient_rows : kernels.forward_rows;
   }
@@ -60,7 +62,7 @@ struct PanelShape {
       : depth(depth),
         columns(columns),
         lanes(kernels.lanes),
-        full_width(lanes * (form.is_gradient() || form.lanewise ? 1 : kernels.forward_vectors)),
+        full_width(lanes * (form.has_wide_panels() ? kernels.forward_vectors : 1)),
         count(CeilDiv(columns, full_width)),
         last_used(columns - (count - 1) * full_width),
         last_width(CeilDiv(last_used, lanes) * lanes),

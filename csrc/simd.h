@@ -106,6 +106,21 @@ JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddI
   return AddIntegers(sum, MultiplyPairs(a, b));
 #endif
 }
+// Of the lanes 0, 1, 4, 5 and so on of `a` and `b`, in turns; High: of the others.
+JADDER_INLINE Vec UnpackLow(Vec a, Vec b) {
+  return FromBits(_mm512_unpacklo_epi32(Bits(a), Bits(b)));
+}
+JADDER_INLINE Vec UnpackHigh(Vec a, Vec b) {
+  return FromBits(_mm512_unpackhi_epi32(Bits(a), Bits(b)));
+}
+JADDER_INLINE Vec AddNeighbours(Vec low, Vec high) {  // a + b, of what was unpacked
+  return AddIntegers(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xdd));
+}
+JADDER_INLINE Vec BroadcastTwo(const float* p) {  // p[0], p[1], p[0], ...
+  int64_t both;  // an instruction for floats would make those for integers wait
+  __builtin_memcpy(&both, p, sizeof both);
+  return FromBits(_mm512_set1_epi64(both));
+}
 JADDER_INLINE Vec ToFloats(Vec a) { return _mm512_cvtepi32_ps(Bits(a)); }
 JADDER_INLINE Vec ToIntegers(Vec a) { return FromBits(_mm512_cvtps_epi32(a)); }
 JADDER_INLINE Vec PairOf(Vec low, Vec high) {  // of integers that fit
@@ -185,6 +200,20 @@ JADDER_INLINE Vec MultiplyPairs(Vec a, Vec b) {  // the sum of both products, in
 JADDER_INLINE Vec AddIntegers(Vec a, Vec b) { return FromBits(_mm256_add_epi32(Bits(a), Bits(b))); }
 JADDER_INLINE Vec AddProducts(Vec sum, Vec a, Vec b) {  // MultiplyPairs in AddIntegers
   return AddIntegers(sum, MultiplyPairs(a, b));
+}
+JADDER_INLINE Vec UnpackLow(Vec a, Vec b) {
+  return FromBits(_mm256_unpacklo_epi32(Bits(a), Bits(b)));
+}
+JADDER_INLINE Vec UnpackHigh(Vec a, Vec b) {
+  return FromBits(_mm256_unpackhi_epi32(Bits(a), Bits(b)));
+}
+JADDER_INLINE Vec AddNeighbours(Vec low, Vec high) {
+  return AddIntegers(_mm256_shuffle_ps(low, high, 0x88), _mm256_shuffle_ps(low, high, 0xdd));
+}
+JADDER_INLINE Vec BroadcastTwo(const float* p) {
+  int64_t both;  // an instruction for floats would make those for integers wait
+  __builtin_memcpy(&both, p, sizeof both);
+  return FromBits(_mm256_set1_epi64x(both));
 }
 JADDER_INLINE Vec ToFloats(Vec a) { return _mm256_cvtepi32_ps(Bits(a)); }
 JADDER_INLINE Vec ToIntegers(Vec a) { return FromBits(_mm256_cvtps_epi32(a)); }
@@ -276,6 +305,12 @@ typedef int16_t Halves __attribute__((vector_size(16)));
 JADDER_INLINE Vec AddPairs(Vec a, Vec b) { return (Vec)((Halves)a + (Halves)b); }
 JADDER_INLINE Vec SubPairs(Vec a, Vec b) { return (Vec)((Halves)a - (Halves)b); }
 JADDER_INLINE Vec AddIntegers(Vec a, Vec b) { return (Vec)((Mask)a + (Mask)b); }
+JADDER_INLINE Vec UnpackLow(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+JADDER_INLINE Vec UnpackHigh(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
+JADDER_INLINE Vec AddNeighbours(Vec low, Vec high) {
+  return AddIntegers(Vec{low[0], low[2], high[0], high[2]}, Vec{low[1], low[3], high[1], high[3]});
+}
+JADDER_INLINE Vec BroadcastTwo(const float* p) { return Vec{p[0], p[1], p[0], p[1]}; }
 JADDER_INLINE Vec ToFloats(Vec a) { return __builtin_convertvector((Mask)a, Vec); }
 #if defined(__SSE2__)
 JADDER_INLINE Vec MaxPairs(Vec a, Vec b) {
