@@ -11,10 +11,12 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "short": {"eta": 0.4, "model_options": CENTERED},
     "inside": {**INSIDE, "model_options": CENTERED},
     "exact": {**INSIDE, "model_options": CENTERED, "anneal": "exact"},
+    "annealed": {**INSIDE, "model_options": CENTERED, "anneal": "distance_exact"},
     "addernet": {"eta": 0.2},
 }
 """Fields of `TrainConfig`: steps of a size for few epochs, kernels kept inside their inputs' range
-too, the same with derivatives that become exact, and AdderNet's paper (Chen et al., 2020)."""
+too, the same with derivatives that become exact, the same begun with Euclid's distance besides, and
+AdderNet's paper (Chen et al., 2020)."""
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
