@@ -26,9 +26,9 @@ cosine over the run's length, whatever that is: --epochs 10, 30 and 100 are shor
 schedule of their own. The adder network has eta = 0.4 in adaptive scaling then, and takes the mean
 over the channels away before each batch normalisation (norm=centered_batch). --recipe inside keeps
 its kernels where their inputs are, with steps of eta = 0.1; --recipe exact, besides, lets gradient
-rules become steep, nearly the derivative, in the second half; --recipe annealed begins with Euclid's
-distance besides. --recipe addernet is that of AdderNet's paper (Chen et al., 2020): 400 epochs at
-batch 256, eta = 0.2, batch normalisation alone.
+rules become steep, nearly the derivative, in the second half; --recipe annealed, besides, begins
+with Euclid's distance. --recipe addernet is that of AdderNet's paper (Chen et al., 2020): 400
+epochs at batch 256, eta = 0.2, batch normalisation alone.
 The small size is of LeNet-5, which compiles sooner.
 """
 TRAINING = TrainingOptions(
