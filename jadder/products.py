@@ -6,9 +6,11 @@ fields are equal, so a model whose layers have one each compiles once.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -108,8 +110,34 @@ class MixedProduct(AdderOperator):
     l1_share: float
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        y: Array = (0.5 * (1 - self.l1_share)) * _EUCLID[type(self.adder)](*args, **kwargs)
-        return y if self.l1_share == 0 else y + self.l1_share * self.adder(*args, **kwargs)
+        euclid = args
+        adder = args
+        kernel = 2 if isinstance(self.adder, AdderEinsum) else 1
+        if self.l1_share >= _LEAST_SHARE and self.adder.rule.kernel == ADDERNET.kernel:
+            # Both have the same gradient for the kernel: one of them gives all of it.
+            euclid = _replaced(args, kernel, jax.lax.stop_gradient)
+            adder = _replaced(args, kernel, lambda w: _scale_gradient(w, 1 / self.l1_share))
+        y: Array = (0.5 * (1 - self.l1_share)) * _EUCLID[type(self.adder)](*euclid, **kwargs)
+        return y if self.l1_share == 0 else y + self.l1_share * self.adder(*adder, **kwargs)
+
+
+_LEAST_SHARE = 1e-3  # whose reciprocal costs no digits, in half precision either
+
+
+def _replaced(args: tuple[Any, ...], place: int, change: Callable[[Any], Any]) -> tuple[Any, ...]:
+    return tuple(change(jnp.asarray(arg)) if i == place else arg for i, arg in enumerate(args))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _scale_gradient(x: Array, factor: float) -> Array:
+    return x
+
+
+@_scale_gradient.defjvp
+def _scale_gradient_jvp(
+    factor: float, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    return primals[0], factor * tangents[0]
 
 
 _ADDER: dict[Any, type[AdderProduct]] = {

@@ -45,6 +45,20 @@ def test_convolution():
     np.testing.assert_allclose(y, expected, rtol=2e-5)
 
 
+def test_one_gradient_of_the_kernel_is_enough():
+    x, w = jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 4))
+
+    def work(product):
+        numbers = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+        total = jax.grad(lambda w: product(x, w, (1, 1), "VALID", dimension_numbers=numbers).sum())
+        return jax.jit(total).lower(w).compile().as_text().count(" convolution(")
+
+    adder = AdderConvGeneralDilated(implementation="xla")
+    bounded = AdderConvGeneralDilated(jadder.GradientRule((1, 1), (1, 1)), "xla")
+    assert work(MixedProduct(adder, 0.5)) == work(adder)
+    assert work(MixedProduct(bounded, 0.5)) > work(bounded)
+
+
 def test_einsum():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(2, 3)), rng.normal(size=(3, 4))
