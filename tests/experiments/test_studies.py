@@ -23,6 +23,7 @@ from experiments import (
     kernel_scale,
     resnet20,
     resnet_recipe,
+    rounding,
     stability,
     twins,
 )
@@ -357,3 +358,27 @@ def test_accuracy_table_leaves_diverged_runs_out_of_the_mean() -> None:
     ]  # fmt: skip
     table = study.accuracy_table("t", runs)
     assert table.rows == [["a", 3, 1, 0.625, 0.25, 0.6, 0.7, 3, 2.0]]
+
+
+# -- rounding --------------------------------------------------------------------------------------
+
+
+def test_rounding_compares_gradients(tmp_path: Path) -> None:
+    result = smoke(rounding, tmp_path, "--implementations", "xla", "reference")
+    first, second = result["data"]["runs"]
+    assert [run["run"]["implementation"] for run in (first, second)] == ["xla", "reference"]
+    for run in (first, second):  # the same function, to the rounding of sums in another order
+        (errors,) = run["gradient_errors"].values()
+        assert 0 < errors["all"] < 1e-3
+        assert 0 < errors["worst"] < 1e-2
+    assert result["tables"][1]["rows"] == [
+        ["lenet5, reference", *second["gradient_errors"]["reference"].values()]
+    ]
+
+
+def test_rounding_takes_several_implementations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--smoke", "--out-dir", str(tmp_path), "--implementation", "xla"]
+    assert rounding.main(options) == 2
+    assert "--implementations" in capsys.readouterr().err
