@@ -947,7 +947,7 @@ inline constexpr bool kAddsProducts = false;
 
 const Kernels kKernels = {
     JADDER_NAME(JADDER_ISA), kLanes, kForwardRows, kForwardVectors, kGradientRows, kPairMaxRows,
-    kPairClipRows, kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter, RunLanewiseOuter,
-    RunPixels, Transpose, PlaneSums, AddRows, WidenRange, RoundToGrid, PairUp};
+    kPairClipRows, kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter,
+    RunLanewiseOuter, RunPixels, Transpose, PlaneSums, AddRows, WidenRange, RoundToGrid, PairUp};
 
 }  // namespace jadder::JADDER_ISA

@@ -64,7 +64,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "twin, Muon": {**_TWIN, "optimizer": "muon", "eta": 0.04},
         "Euclid's distance first": {"anneal": "distance_half"},
         "gradients exact in the end": {"anneal": "exact"},
-        "both, one after the other": {"anneal": "distance_exact"},
+        "Euclid's distance first, gradients exact in the end": {"anneal": "distance_exact"},
         "learning from the twin": {"teacher": "twin", "distill_temperature": 4.0},
         "twin learning from the twin": {**_TWIN, "teacher": "twin", "distill_temperature": 4.0},
         "not centred": {"model_options": ()},

@@ -16,7 +16,7 @@ from pathlib import Path
 TUNABLE = "glibc.malloc.hugetlb"
 """1 has malloc ask for transparent huge pages."""
 
-KEPT = "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1"
+MALLOC_CONF = "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1"
 """jemalloc's options: huge pages, never given back, and one arena, so that threads do not keep some
 each."""
 
@@ -48,7 +48,7 @@ def settings(environment: Mapping[str, str], jemalloc: Path | None) -> dict[str,
         {'GLIBC_TUNABLES': 'glibc.malloc.check=0:glibc.malloc.hugetlb=1'}
     """
     if jemalloc is not None:
-        return {"LD_PRELOAD": str(jemalloc), "MALLOC_CONF": KEPT}
+        return {"LD_PRELOAD": str(jemalloc), "MALLOC_CONF": MALLOC_CONF}
     given = environment.get("GLIBC_TUNABLES")
     return {"GLIBC_TUNABLES": f"{given}:{TUNABLE}=1" if given else f"{TUNABLE}=1"}
 
