@@ -159,8 +159,21 @@ JADDER_INLINE Vec BroadcastPair(int16_t value) {
   return PairOf(integer, integer);
 }
 
-// Two pairs of a row at once, which meet the lanes of two rows of the panel, interleaved: half the
-// loads, which would be the limit. A column's sum is that of two neighbouring lanes then.
+// Adds max(two(r), panel) for two rows of the panel, interleaved: lanes of its first half to
+// sum[r][0], of its second to sum[r][1].
+template <int kRows, class Two>
+JADDER_INLINE void AddMaxima(Vec (&sum)[kRows][2], Vec first, Vec second, Two two) {
+  const Vec low = UnpackLow(first, second), high = UnpackHigh(first, second);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const Vec value = two(r);
+    sum[r][0] = AddPairs(sum[r][0], MaxPairs(value, low));
+    sum[r][1] = AddPairs(sum[r][1], MaxPairs(value, high));
+  }
+}
+
+// Two pairs of a row at once, which meet the lanes of two rows of the panel: half the loads, which
+// would be the limit. A column's sum is that of two neighbouring lanes then.
 template <int kRows>
 void PairMaxTile(const Tile& tile) {
   const Vec start = BroadcastPair(tile.start), ones = BroadcastPair(1);
@@ -176,25 +189,16 @@ void PairMaxTile(const Tile& tile) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = start;
       for (int64_t k = -chunk.bytes; k < 0; k += 2 * sizeof(float), panel += 2 * kLanes) {
-        const Vec low = UnpackLow(Load(panel), Load(panel + kLanes));
-        const Vec high = UnpackHigh(Load(panel), Load(panel + kLanes));
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const Vec value = BroadcastTwo(reinterpret_cast<const float*>(chunk.row_end[r] + k));
-          sum[r][0] = AddPairs(sum[r][0], MaxPairs(value, low));
-          sum[r][1] = AddPairs(sum[r][1], MaxPairs(value, high));
-        }
+        AddMaxima(sum, Load(panel), Load(panel + kLanes), [&](int r)
+                                                              __attribute__((always_inline)) {
+          return BroadcastTwo(reinterpret_cast<const float*>(chunk.row_end[r] + k));
+        });
       }
       if (even < length) {  // the other pair is zero in both
-        const Vec zero = Broadcast(0);
-        const Vec low = UnpackLow(Load(panel), zero), high = UnpackHigh(Load(panel), zero);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
+        AddMaxima(sum, Load(panel), Broadcast(0), [&](int r) __attribute__((always_inline)) {
           const float last[2] = {*reinterpret_cast<const float*>(chunk.row_end[r]), 0};
-          const Vec value = BroadcastTwo(last);
-          sum[r][0] = AddPairs(sum[r][0], MaxPairs(value, low));
-          sum[r][1] = AddPairs(sum[r][1], MaxPairs(value, high));
-        }
+          return BroadcastTwo(last);
+        });
         panel += kLanes;
       }
 #pragma GCC unroll 16

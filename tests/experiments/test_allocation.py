@@ -44,7 +44,10 @@ def test_restarts_once_with_what_it_was_given() -> None:
 @pytest.mark.skipif(not allocation._is_wanted({}), reason="no glibc 2.35, or no huge pages")
 @pytest.mark.skipif(allocation.find_jemalloc() is None, reason="jemalloc is not installed")
 def test_jemalloc_where_it_is_installed() -> None:
-    expected = {"LD_PRELOAD": str(allocation.find_jemalloc()), "MALLOC_CONF": allocation.MALLOC_CONF}
+    expected = {
+        "LD_PRELOAD": str(allocation.find_jemalloc()),
+        "MALLOC_CONF": allocation.MALLOC_CONF,
+    }
     assert printed(jemalloc=True) == ["begun", "begun", str(expected), ARGUMENTS]
 
 

@@ -54,6 +54,19 @@ def test_integers_that_fit_the_grid_have_exact_sums(seed, low, depth):
     np.testing.assert_array_equal(matmul(*float32(x, w)), exact)
 
 
+@pytest.mark.parametrize("low", [-2046, -1000, 0])
+@pytest.mark.parametrize("depth", [63, 64, 65, 125, 126, 127, 128, 129, 130, 257, 1100])
+def test_whole_chunks_of_the_largest_and_the_least_do_not_overflow(depth, low):
+    """Integers at both ends of the grid, in each of the halves of a pair and everywhere."""
+    high = low + 2046
+    even = np.arange(depth) % 2 == 0
+    x = np.stack([np.full(depth, low), np.full(depth, high), np.where(even, low, high),
+                  np.where(even, high, low)])  # fmt: skip
+    w = np.concatenate([x, x[:, ::-1]]).T
+    exact = -np.abs(x[:, :, None] - w).sum(1)
+    np.testing.assert_array_equal(matmul(*float32(x, np.tile(w, 5)))[:, :8], exact)
+
+
 @given(sizes=sizes, seed=seeds, scale=scales, slope=st.sampled_from([1.0, 4.0]))
 def test_errors_of_dx_are_those_of_rounding(sizes, seed, scale, slope):
     m, k, n = sizes
