@@ -18,7 +18,7 @@ TUNABLE = "glibc.malloc.hugetlb"
 
 MALLOC_CONF = "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1"
 """jemalloc's options: huge pages, never given back, and one arena, so that threads do not keep some
-each."""
+each. The peak is some tenths higher than glibc's."""
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LIBRARIES = (Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/local/lib"))
