@@ -40,7 +40,7 @@ struct Part {
   PassRuns runs;
   PackedPanels packed;
   bool lazy = true;
-  std::vector<float> absent;  // forward: Σ |w| of the taps that meet none but zeros, if any
+  std::vector<float> absent;  // forward: the terms of the taps that meet none but zeros, if any
   bool covered = true;        // gradient: whether each target meets a source
   Cut cut;
 };
@@ -130,15 +130,19 @@ void MultiplyEachPixel(const Kernels& kernels, const Form& form, const Gather& g
   }
 }
 
-// Σ_c |w| of each tap of a forward product, for each lane of each group.
+// Σ_c |w|, or Σ_c w² of kSquare, of each tap of a forward product, for each lane of each group.
 template <typename T>
-TapSums<float> Magnitudes(const Gather& gather, const Filters& filters, const T* w) {
+TapSums<float> Magnitudes(const Form& form, const Gather& gather, const Filters& filters,
+                          const T* w) {
   TapSums<float> sums(filters.window[0], filters.window[1], gather.target_channels);
   for (int64_t tap = 0; tap < filters.window[0] * filters.window[1]; ++tap) {
     float* to = sums.At(tap);
     for (int64_t c = 0; c < gather.terms; ++c) {
       const T* row = w + tap * filters.tap_stride + c * filters.term_stride;
-      for (int64_t f = 0; f < gather.target_channels; ++f) to[f] += std::fabs(ToFloat(row[f]));
+      for (int64_t f = 0; f < gather.target_channels; ++f) {
+        const float value = ToFloat(row[f]);
+        to[f] += form.product == Product::kSquare ? value * value : std::fabs(value);
+      }
     }
   }
   sums.AddUp();
@@ -191,7 +195,7 @@ class Convolution {
     if (form_.is_gradient()) {
       part.covered = down.AllMeet(gather_.source[0]) && across.AllMeet(gather_.source[1]);
     } else if (taps != filters_.window[0] * filters_.window[1]) {
-      if (magnitudes_.empty()) magnitudes_ = Magnitudes(gather_, filters_, w_);
+      if (magnitudes_.empty()) magnitudes_ = Magnitudes(form_, gather_, filters_, w_);
       part.absent = magnitudes_.Without(down, across);
     }
     if (!part.lazy) {
@@ -364,20 +368,20 @@ double CountTerms(const ConvShape& s) {
 
 // Computes y in pairs and returns true, or finds no grid for the values.
 template <typename T>
-bool ConvInPairs(const Kernels& kernels, Pool& pool, const ConvShape& s, const T* x, const T* w,
-                 float* y) {
+bool ConvInPairs(const Kernels& kernels, Pool& pool, const ConvShape& s, Product product,
+                 const T* x, const T* w, float* y) {
   const int64_t terms = s.channels / s.groups, taps = s.window[0] * s.window[1];
   const bool lanewise = s.groups > 1 && s.filters / s.groups < kernels.lanes;
   // Dilated inputs have taps that meet zeros alone, whose sums are taken apart.
   if (lanewise || s.lhs_dilation[0] > 1 || s.lhs_dilation[1] > 1) return false;
   const int64_t pixels = s.batch * s.in[0] * s.in[1];
   if (!RepaysRounding(CountTerms(s), pixels * s.channels)) return false;
-  const Grid grid = Grid::ForMax(FindRange(kernels, pool, x, pixels * s.channels));
-  if (!grid.fits || !FindRange(kernels, pool, w, taps * terms * s.filters).finite) return false;
-  const Pairs x_pairs(kernels, pool, grid, x, pixels * s.groups, terms);
-  const PairRows w_pairs(kernels, pool, grid, w, taps, terms, s.filters);
-  Form form = {Product::kPairMax};
-  form.grid = grid;
+  const Form form =
+      Form::ForwardInPairs(product, FindRange(kernels, pool, x, pixels * s.channels),
+                           FindRange(kernels, pool, w, taps * terms * s.filters));
+  if (!form.grid.fits) return false;
+  const Pairs x_pairs(kernels, pool, form.grid, x, pixels * s.groups, terms);
+  const PairRows w_pairs(kernels, pool, form.grid, w, taps, terms, s.filters);
   RunForward<float>(kernels, pool, OfPairedChannels(s), form, x_pairs.data(), w_pairs.data(),
                     w_pairs.excess().data(), y);
   return true;
@@ -388,17 +392,16 @@ bool ConvDxInPairs(const Kernels& kernels, Pool& pool, const ConvShape& s, Form 
                    const float* x, const float* w, const float* g, float* dx) {
   const int64_t terms = s.filters / s.groups, lanes = s.channels / s.groups;
   if (s.groups > 1 && lanes < kernels.lanes) return false;
+  if (form.product == Product::kLinear && lanes <= kMaxPixelChannels) return false;
   const int64_t taps = s.window[0] * s.window[1], pixels = s.batch * s.out[0] * s.out[1];
   const int64_t size = s.batch * s.in[0] * s.in[1] * s.channels;
   if (!RepaysRounding(CountTerms(s), size + pixels * s.filters)) return false;
-  const Range range = FindRange(kernels, pool, x, size);
-  form.grid = Grid::ForClip(range, form.limit);
+  form = form.GradientInPairs(FindRange(kernels, pool, x, size),
+                              FindRange(kernels, pool, w, taps * lanes * s.filters));
   const Grid rows = Grid::ForGradient(FindRange(kernels, pool, g, pixels * s.filters));
   if (!form.grid.fits || !rows.fits) return false;
-  if (!FindRange(kernels, pool, w, taps * lanes * s.filters).finite) return false;
   const Pairs g_pairs(kernels, pool, rows, g, pixels * s.groups, terms);
   const Pairs w_pairs(kernels, pool, form.grid, w, taps * lanes * s.groups, terms);
-  form.product = Product::kPairClip;
   form.row_step = rows.step;
   RunGradient<float>(kernels, pool, OfPairedFilters(s), form, x, w_pairs.data(), g_pairs.data(),
                      dx);
@@ -411,9 +414,9 @@ template <typename T>
 void Conv(const Kernels& kernels, Pool& pool, const ConvShape& s, Product product, const T* x,
           const T* w, float* y) {
   if (s.batch == 0 || s.filters == 0 || s.out[0] == 0 || s.out[1] == 0) return;
-  if (product == Product::kPairMax) {
-    if (ConvInPairs(kernels, pool, s, x, w, y)) return;
-    product = Product::kAbs;
+  if (IsOfPairs(product)) {
+    if (ConvInPairs(kernels, pool, s, product, x, w, y)) return;
+    product = product == Product::kPairMax ? Product::kAbs : Product::kSquare;
   }
   RunForward<T>(kernels, pool, s, {product}, x, w, nullptr, y);
 }
@@ -423,7 +426,7 @@ void ConvDx(const Kernels& kernels, Pool& pool, const ConvShape& s, const Form& 
             const T* x, const T* w, const T* g, float* dx) {
   if (s.batch == 0 || s.channels == 0 || s.in[0] == 0 || s.in[1] == 0) return;
   if constexpr (std::is_same_v<T, float>) {
-    if (pairs && form.product == Product::kClip &&
+    if (pairs && form.product != Product::kSign &&
         ConvDxInPairs(kernels, pool, s, form, x, w, g, dx)) {
       return;
     }

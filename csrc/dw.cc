@@ -188,9 +188,9 @@ void SumOuter(const Kernels& kernels, Pool& pool, const OuterSum& outer, double 
               double bound, bool pairs, const T* w, const T* g, float* dw, int64_t stride,
               const std::function<int64_t(int64_t)>& w_at,
               const std::function<int64_t(int64_t)>& dw_at) {
-  const bool linear = std::isinf(bound);
-  Form form = linear ? Form{Product::kOuter, static_cast<float>(scale), 0}
-                           : Form::Gradient(scale, bound);
+  Form form = Form::Gradient(scale, bound);
+  const bool linear = form.product == Product::kLinear;
+  if (linear) form.product = Product::kOuter;
   form.lanewise = outer.width > 1;
   const int64_t depth = outer.depth;
   const int64_t padded = CeilDiv(outer.columns, kernels.lanes) * kernels.lanes;

@@ -253,6 +253,12 @@ ffi::Error MatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
   return MultiplyMatrices(threads, x, w, y, fast ? Product::kMax : Product::kAbs);
 }
 
+template <bool kPairs>
+ffi::Error EuclidMatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                            FloatResult y) {
+  return MultiplyMatrices(threads, x, w, y, kPairs ? Product::kPairSquare : Product::kSquare);
+}
+
 ffi::Error Int16MatmulImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                            FloatResult y) {
   return MultiplyMatrices(threads, x, w, y, Product::kPairMax);
@@ -419,6 +425,14 @@ ffi::Error ConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                   fast ? Product::kMax : Product::kAbs);
 }
 
+template <bool kPairs>
+ffi::Error EuclidConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                          FloatResult y, Sizes strides, Sizes padding, Sizes lhs_dilation,
+                          Sizes rhs_dilation, int64_t groups) {
+  return Convolve(threads, x, w, y, {strides, padding, lhs_dilation, rhs_dilation, groups},
+                  kPairs ? Product::kPairSquare : Product::kSquare);
+}
+
 ffi::Error Int16ConvImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                          FloatResult y, Sizes strides, Sizes padding, Sizes lhs_dilation,
                          Sizes rhs_dilation, int64_t groups) {
@@ -511,6 +525,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dx, jadder::ConvDxImpl<false>,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_conv_dw, jadder::ConvDwImpl<false>,
                               jadder::WithClip(jadder::WithWindow(jadder::BindGradient())));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_euclid_matmul, jadder::EuclidMatmulImpl<false>,
+                              jadder::BindY());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_euclid_conv, jadder::EuclidConvImpl<false>,
+                              jadder::WithWindow(jadder::BindY()));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_euclid_matmul, jadder::EuclidMatmulImpl<true>,
+                              jadder::BindY());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_euclid_conv, jadder::EuclidConvImpl<true>,
+                              jadder::WithWindow(jadder::BindY()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadder_int16_matmul, jadder::Int16MatmulImpl, jadder::BindY());
 

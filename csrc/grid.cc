@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kBlockValues = 32 * 1024;  // of one task
 constexpr int64_t kMaxSteps = 2046;          // + 1 for rounding: 32 · 2047 < 2^16
+constexpr int64_t kSquareSteps = 4094;       // + 1 for rounding: 4095² · 2 · 64 < 2^31
 constexpr int64_t kClipSteps = 4096;         // · 8191 · 2 · 32 < 2^31
 constexpr int64_t kGradientSteps = 8191;
 constexpr int64_t kFewestBoundSteps = 32;
@@ -39,6 +40,16 @@ void ForEachBlock(Pool& pool, int64_t count, int64_t block,
 
 // Whether floats hold 1 / step and what is computed with it.
 bool IsUsable(float step) { return step == 0 || (step > 1e-30f && step < 1e30f); }
+
+// Of values in a range, where all that is asked for is a step.
+Grid Plain(const Range& range, float step) {
+  Grid grid;
+  grid.low = range.low;
+  grid.high = range.high;
+  grid.step = step;
+  grid.fits = range.finite && IsUsable(step);
+  return grid;
+}
 
 // Values within the grid's range, and what that takes from them added to `excess`.
 template <typename T>
@@ -69,11 +80,7 @@ Range FindRange(const Kernels& kernels, Pool& pool, const T* values, int64_t cou
 }
 
 Grid Grid::ForMax(const Range& x) {
-  Grid grid;
-  grid.low = x.low;
-  grid.high = x.high;
-  grid.step = x.high / kMaxSteps - x.low / kMaxSteps;
-  grid.fits = x.finite && IsUsable(grid.step);
+  Grid grid = Plain(x, x.high / kMaxSteps - x.low / kMaxSteps);
   if (!grid.fits) return grid;
   const int64_t least = std::lrint(grid.low * grid.inverse());
   grid.start = static_cast<int16_t>(INT16_MIN - kChunkTerms * least);
@@ -94,14 +101,13 @@ Grid Grid::ForClip(const Range& x, float bound) {
   return grid;
 }
 
-Grid Grid::ForGradient(const Range& g) {
-  Grid grid;
-  grid.low = g.low;
-  grid.high = g.high;
-  grid.step = g.largest() / kGradientSteps;
-  grid.fits = g.finite && IsUsable(grid.step);
-  return grid;
+Grid Grid::ForSquare(const Range& both) {
+  return Plain(both, both.high / kSquareSteps - both.low / kSquareSteps);
 }
+
+Grid Grid::ForGradient(const Range& g) { return Plain(g, g.largest() / kGradientSteps); }
+
+Grid Grid::ForLinear(const Range& w) { return Plain(w, w.largest() / (kClipSteps - 1)); }
 
 template <typename T>
 Pairs::Pairs(const Kernels& kernels, Pool& pool, const Grid& grid, const T* values, int64_t groups,

@@ -21,6 +21,10 @@ struct Range {
   bool finite = true;
 
   float largest() const { return high > -low ? high : -low; }
+  Range And(const Range& other) const {
+    return {low < other.low ? low : other.low, high > other.high ? high : other.high,
+            finite && other.finite};
+  }
 };
 
 template <typename T>
@@ -36,11 +40,16 @@ struct Grid {
 
   // Of x and w, so that kChunkTerms of their maxima fit 16 bits: 2046 steps from low to high.
   static Grid ForMax(const Range& x);
+  // Of all values of x and w, so that the squares of 2 · kChunkTerms pairs of differences fit 32
+  // bits: 4094 steps from low to high.
+  static Grid ForSquare(const Range& both);
   // Of x and w where the difference is clipped: at most 4096 steps from zero. It does not fit either
   // where the bound has fewer than 32 of them.
   static Grid ForClip(const Range& x, float bound);
   // Of g: at most 8191 steps from zero.
   static Grid ForGradient(const Range& g);
+  // Of w that meets g: at most 4095 steps from zero.
+  static Grid ForLinear(const Range& w);
 
   float inverse() const { return step == 0 ? 0 : 1 / step; }
 };

@@ -77,10 +77,10 @@ JADDER_INLINE void SumTerms(const Tile& tile, Vec (&sum)[kRows][kVectors]) {
   }
 }
 
-template <bool kLanewise, int kRows, int kVectors>
-__attribute__((noinline)) void AbsTile(const Tile& tile) {
+template <class Term, bool kLanewise, int kRows, int kVectors>
+__attribute__((noinline)) void SumTile(const Tile& tile) {
   Vec sum[kRows][kVectors] = {};
-  SumTerms<AbsTerm, kLanewise>(tile, sum);
+  SumTerms<Term, kLanewise>(tile, sum);
   const Vec factor = Broadcast(tile.factor);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -110,7 +110,7 @@ JADDER_INLINE bool SumsAreFinite(const Tile& tile) {
 // Falls back on the absolute value where Σx + Σw is not finite and would make NaN of infinities.
 template <int kRows, int kVectors>
 void MaxTile(const Tile& tile) {
-  if (!SumsAreFinite<kRows, kVectors>(tile)) return AbsTile<false, kRows, kVectors>(tile);
+  if (!SumsAreFinite<kRows, kVectors>(tile)) return SumTile<AbsTerm, false, kRows, kVectors>(tile);
   ForgetLoads();
   Vec sum[kRows][kVectors] = {};
   SumTerms<MaxTerm, false>(tile, sum);
@@ -159,27 +159,37 @@ JADDER_INLINE Vec BroadcastPair(int16_t value) {
   return PairOf(integer, integer);
 }
 
-// Adds max(two(r), panel) for two rows of the panel, interleaved: lanes of its first half to
+struct PairMaxTerm {
+  JADDER_INLINE static Vec Add(Vec sum, Vec row, Vec lane) {
+    return AddPairs(sum, MaxPairs(row, lane));
+  }
+};
+struct PairSquareTerm {
+  JADDER_INLINE static Vec Add(Vec sum, Vec row, Vec lane) {
+    const Vec difference = SubPairs(row, lane);
+    return AddProducts(sum, difference, difference);
+  }
+};
+
+// Adds the terms of two(r) and two rows of the panel, interleaved: lanes of its first half to
 // sum[r][0], of its second to sum[r][1].
-template <int kRows, class Two>
-JADDER_INLINE void AddMaxima(Vec (&sum)[kRows][2], Vec first, Vec second, Two two) {
+template <class Term, int kRows, class Two>
+JADDER_INLINE void AddTwoPairs(Vec (&sum)[kRows][2], Vec first, Vec second, Two two) {
   const Vec low = UnpackLow(first, second), high = UnpackHigh(first, second);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     const Vec value = two(r);
-    sum[r][0] = AddPairs(sum[r][0], MaxPairs(value, low));
-    sum[r][1] = AddPairs(sum[r][1], MaxPairs(value, high));
+    sum[r][0] = Term::Add(sum[r][0], value, low);
+    sum[r][1] = Term::Add(sum[r][1], value, high);
   }
 }
 
 // Two pairs of a row at once, which meet the lanes of two rows of the panel: half the loads, which
-// would be the limit. A column's sum is that of two neighbouring lanes then.
-template <int kRows>
-void PairMaxTile(const Tile& tile) {
-  const Vec start = BroadcastPair(tile.start), ones = BroadcastPair(1);
-  Vec total[kRows][2] = {};  // in memory, until the end
+// would be the limit. A column's sum is that of two neighbouring lanes then. Calls flush(sum) for
+// the sums of each chunk, which begin with `start`.
+template <class Term, int kRows, class Flush>
+JADDER_INLINE void SumTwoPairs(const Tile& tile, Vec start, Flush flush) {
   const float* panel = tile.panel;
-  int64_t flushes = 0;
   for (int64_t i = 0; i < tile.num_runs; ++i) {
     ForEachChunk<2>(tile.runs[i], [&](int64_t begin, int64_t length)
                                       __attribute__((always_inline)) {
@@ -189,27 +199,39 @@ void PairMaxTile(const Tile& tile) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = start;
       for (int64_t k = -chunk.bytes; k < 0; k += 2 * sizeof(float), panel += 2 * kLanes) {
-        AddMaxima(sum, Load(panel), Load(panel + kLanes), [&](int r)
-                                                              __attribute__((always_inline)) {
+        AddTwoPairs<Term>(sum, Load(panel), Load(panel + kLanes),
+                          [&](int r) __attribute__((always_inline)) {
           return BroadcastTwo(reinterpret_cast<const float*>(chunk.row_end[r] + k));
         });
       }
       if (even < length) {  // the other pair is zero in both
-        AddMaxima(sum, Load(panel), Broadcast(0), [&](int r) __attribute__((always_inline)) {
+        AddTwoPairs<Term>(sum, Load(panel), Broadcast(0),
+                          [&](int r) __attribute__((always_inline)) {
           const float last[2] = {*reinterpret_cast<const float*>(chunk.row_end[r]), 0};
           return BroadcastTwo(last);
         });
         panel += kLanes;
       }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        total[r][0] = AddProducts(total[r][0], sum[r][0], ones);
-        total[r][1] = AddProducts(total[r][1], sum[r][1], ones);
-      }
+      flush(sum);
       ForgetLoads();
-      ++flushes;
     });
   }
+}
+
+template <int kRows>
+void PairMaxTile(const Tile& tile) {
+  const Vec ones = BroadcastPair(1);
+  Vec total[kRows][2] = {};  // in memory, until the end
+  int64_t flushes = 0;
+  SumTwoPairs<PairMaxTerm, kRows>(
+      tile, BroadcastPair(tile.start), [&](const Vec (&sum)[kRows][2]) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      total[r][0] = AddProducts(total[r][0], sum[r][0], ones);
+      total[r][1] = AddProducts(total[r][1], sum[r][1], ones);
+    }
+    ++flushes;
+  });
   const float started = 8.0f * static_cast<float>(flushes) * tile.start;
   const Vec twice = Broadcast(2 * tile.step * tile.factor);
 #pragma GCC unroll 16
@@ -219,6 +241,25 @@ void PairMaxTile(const Tile& tile) {
     const Vec rest = Load(tile.column_sums) - Broadcast(both * tile.step);
     const Vec sum = ToFloats(AddNeighbours(total[r][0], total[r][1]));
     const Vec value = Fma(sum, twice, rest * Broadcast(tile.factor));
+    Store(out, tile.add ? Load(out) + value : value);
+  }
+}
+
+template <int kRows>
+void PairSquareTile(const Tile& tile) {
+  Vec total[kRows] = {};
+  SumTwoPairs<PairSquareTerm, kRows>(
+      tile, Broadcast(0), [&](const Vec (&sum)[kRows][2]) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      total[r] = total[r] + ToFloats(AddNeighbours(sum[r][0], sum[r][1]));
+    }
+  });
+  const Vec factor = Broadcast(tile.factor * tile.step * tile.step);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    float* out = tile.out + tile.offsets[r];
+    const Vec value = total[r] * factor;
     Store(out, tile.add ? Load(out) + value : value);
   }
 }
@@ -266,6 +307,40 @@ void PairClipTile(const Tile& tile) {
   }
 }
 
+// Σ (w - x) g = Σ w g - x Σ g, where x need not be on a grid.
+template <int kRows>
+void PairLinearTile(const Tile& tile) {
+  Vec total[kRows] = {};
+  const float* panel = tile.panel;
+  for (int64_t i = 0; i < tile.num_runs; ++i) {
+    ForEachChunk(tile.runs[i], [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
+      const Chunk<kRows> chunk(tile, begin, length);
+      Vec sum[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sum[r] = Broadcast(0);
+      for (int64_t k = -chunk.bytes; k < 0; k += sizeof(float), panel += kLanes) {
+        const Vec lane = Load(panel);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const float* g = reinterpret_cast<const float*>(chunk.row_end[r] + k);
+          sum[r] = AddBroadcastProducts(sum[r], lane, g);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) total[r] = total[r] + ToFloats(sum[r]);
+      ForgetLoads();
+    });
+  }
+  const Vec step = Broadcast(tile.step), factor = Broadcast(tile.factor * tile.row_step);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    float* out = tile.out + tile.offsets[r];
+    const Vec x = Load(tile.targets + tile.target_offsets[r]);
+    const Vec value = Fma(total[r], step, x * Broadcast(-tile.row_sums[r])) * factor;
+    Store(out, tile.add ? Load(out) + value : value);
+  }
+}
+
 template <class Term, bool kLanewise, int kRows>
 JADDER_INLINE void GradientTile(const Tile& tile) {
   const Vec one = OpaqueOne(), bound = Broadcast(tile.bound);
@@ -302,6 +377,11 @@ JADDER_INLINE void GradientTile(const Tile& tile) {
     const Vec value = sum[r] * factor;
     Store(out, tile.add ? Load(out) + value : value);
   }
+}
+
+template <bool kLanewise, int kRows>
+void LinearTile(const Tile& tile) {
+  GradientTile<LinearTerm, kLanewise, kRows>(tile);
 }
 
 template <class Term, class ExactTerm, bool kLanewise, int kRows>
@@ -505,6 +585,15 @@ struct PixelSums {
   }
 };
 
+struct LinearPixelSums {
+  static constexpr int Vectors(int channels) { return PixelVectors(channels); }
+
+  template <int kChannels, int kVectors>
+  __attribute__((noinline)) static void Run(const PixelBlock& block, int64_t first) {
+    SumPixels<LinearTerm, kChannels, kVectors>(block, first);
+  }
+};
+
 // As PairClipTile. Chunks go on from tap to tap, which may have few terms.
 struct PairPixelSums {
   static constexpr int Vectors(int channels) { return PairPixelVectors(channels); }
@@ -608,9 +697,9 @@ using OuterTiles = Table<void (*)(const OuterTile&), kMaxRows>;
 using PixelBlocks = Table<void (*)(const PixelBlock&), kMaxPixelChannels>;
 
 // Tables by number of rows, from 1.
-template <bool kLanewise, int kVectors, int... kLess>
-constexpr Tiles AbsTiles(std::integer_sequence<int, kLess...>) {
-  return {{AbsTile<kLanewise, kLess + 1, kVectors>...}};
+template <class Term, bool kLanewise, int kVectors, int... kLess>
+constexpr Tiles SumTiles(std::integer_sequence<int, kLess...>) {
+  return {{SumTile<Term, kLanewise, kLess + 1, kVectors>...}};
 }
 template <int kVectors, int... kLess>
 constexpr Tiles MaxTiles(std::integer_sequence<int, kLess...>) {
@@ -621,12 +710,24 @@ constexpr Tiles PairMaxTiles(std::integer_sequence<int, kLess...>) {
   return {{PairMaxTile<kLess + 1>...}};
 }
 template <int... kLess>
+constexpr Tiles PairSquareTiles(std::integer_sequence<int, kLess...>) {
+  return {{PairSquareTile<kLess + 1>...}};
+}
+template <int... kLess>
 constexpr Tiles PairClipTiles(std::integer_sequence<int, kLess...>) {
   return {{PairClipTile<kLess + 1>...}};
+}
+template <int... kLess>
+constexpr Tiles PairLinearTiles(std::integer_sequence<int, kLess...>) {
+  return {{PairLinearTile<kLess + 1>...}};
 }
 template <class Term, class ExactTerm, bool kLanewise, int... kLess>
 constexpr Tiles GradientTiles(std::integer_sequence<int, kLess...>) {
   return {{CheckedGradientTile<Term, ExactTerm, kLanewise, kLess + 1>...}};
+}
+template <bool kLanewise, int... kLess>
+constexpr Tiles LinearTiles(std::integer_sequence<int, kLess...>) {
+  return {{LinearTile<kLanewise, kLess + 1>...}};
 }
 template <bool kLanewise, int kVectors, int... kLess>
 constexpr OuterTiles ProductOuterTiles(std::integer_sequence<int, kLess...>) {
@@ -649,14 +750,20 @@ using ForwardSizes = std::make_integer_sequence<int, kForwardRows>;
 using GradientSizes = std::make_integer_sequence<int, kGradientRows>;
 using ChannelSizes = std::make_integer_sequence<int, kMaxPixelChannels>;
 
-constexpr Tiles kAbs1 = AbsTiles<false, 1>(ForwardSizes{});
-constexpr Tiles kAbs2 = AbsTiles<false, 2>(ForwardSizes{});
+constexpr Tiles kAbs1 = SumTiles<AbsTerm, false, 1>(ForwardSizes{});
+constexpr Tiles kAbs2 = SumTiles<AbsTerm, false, 2>(ForwardSizes{});
+constexpr Tiles kSquare1 = SumTiles<SquareTerm, false, 1>(ForwardSizes{});
+constexpr Tiles kSquare2 = SumTiles<SquareTerm, false, 2>(ForwardSizes{});
 constexpr Tiles kMax1 = MaxTiles<1>(ForwardSizes{});
 constexpr Tiles kMax2 = MaxTiles<2>(ForwardSizes{});
 constexpr Tiles kPairMaxs = PairMaxTiles(std::make_integer_sequence<int, kPairMaxRows>{});
+constexpr Tiles kPairSquares =
+    PairSquareTiles(std::make_integer_sequence<int, kPairMaxRows>{});
+constexpr Tiles kPairLinears = PairLinearTiles(GradientSizes{});
 constexpr Tiles kPairClips = PairClipTiles(std::make_integer_sequence<int, kPairClipRows>{});
 constexpr Tiles kClips = GradientTiles<ClipTerm, ExactClipTerm, false>(GradientSizes{});
 constexpr Tiles kSigns = GradientTiles<SignTerm, ExactSignTerm, false>(GradientSizes{});
+constexpr Tiles kLinears = LinearTiles<false>(GradientSizes{});
 constexpr OuterTiles kOuter1 = ProductOuterTiles<false, 1>(ForwardSizes{});
 constexpr OuterTiles kOuter2 = ProductOuterTiles<false, 2>(ForwardSizes{});
 constexpr OuterTiles kPairOuter1 = PairOuterTiles<1>(ForwardSizes{});
@@ -666,9 +773,11 @@ constexpr OuterTiles kOuterClips =
 constexpr OuterTiles kOuterSigns =
     BoundedOuterTiles<SignTerm, ExactSignTerm, false>(GradientSizes{});
 
-constexpr Tiles kLaneAbs = AbsTiles<true, 1>(ForwardSizes{});
+constexpr Tiles kLaneAbs = SumTiles<AbsTerm, true, 1>(ForwardSizes{});
+constexpr Tiles kLaneSquares = SumTiles<SquareTerm, true, 1>(ForwardSizes{});
 constexpr Tiles kLaneClips = GradientTiles<ClipTerm, ExactClipTerm, true>(GradientSizes{});
 constexpr Tiles kLaneSigns = GradientTiles<SignTerm, ExactSignTerm, true>(GradientSizes{});
+constexpr Tiles kLaneLinears = LinearTiles<true>(GradientSizes{});
 constexpr OuterTiles kLaneOuter = ProductOuterTiles<true, 1>(ForwardSizes{});
 constexpr OuterTiles kLaneOuterClips =
     BoundedOuterTiles<ClipTerm, ExactClipTerm, true>(GradientSizes{});
@@ -679,6 +788,7 @@ constexpr PixelBlocks kPixelClips =
     PixelBlocksOf<PixelSums<ClipTerm, ExactClipTerm>>(ChannelSizes{});
 constexpr PixelBlocks kPixelSigns =
     PixelBlocksOf<PixelSums<SignTerm, ExactSignTerm>>(ChannelSizes{});
+constexpr PixelBlocks kPixelLinears = PixelBlocksOf<LinearPixelSums>(ChannelSizes{});
 constexpr PixelBlocks kPixelPairClips = PixelBlocksOf<PairPixelSums>(ChannelSizes{});
 
 void RunProduct(Product product, int rows, int vectors, const Tile& tile) {
@@ -687,12 +797,20 @@ void RunProduct(Product product, int rows, int vectors, const Tile& tile) {
       return (vectors == 1 ? kAbs1 : kAbs2).at[rows - 1](tile);
     case Product::kMax:
       return (vectors == 1 ? kMax1 : kMax2).at[rows - 1](tile);
+    case Product::kSquare:
+      return (vectors == 1 ? kSquare1 : kSquare2).at[rows - 1](tile);
     case Product::kClip:
       return kClips.at[rows - 1](tile);
     case Product::kSign:
       return kSigns.at[rows - 1](tile);
+    case Product::kLinear:
+      return kLinears.at[rows - 1](tile);
     case Product::kPairMax:
       return kPairMaxs.at[rows - 1](tile);
+    case Product::kPairSquare:
+      return kPairSquares.at[rows - 1](tile);
+    case Product::kPairLinear:
+      return kPairLinears.at[rows - 1](tile);
     case Product::kPairClip:
       return kPairClips.at[rows - 1](tile);
     case Product::kOuter:
@@ -705,10 +823,14 @@ void RunLanewiseProduct(Product product, int rows, const Tile& tile) {
   switch (product) {
     case Product::kAbs:
       return kLaneAbs.at[rows - 1](tile);
+    case Product::kSquare:
+      return kLaneSquares.at[rows - 1](tile);
     case Product::kClip:
       return kLaneClips.at[rows - 1](tile);
     case Product::kSign:
       return kLaneSigns.at[rows - 1](tile);
+    case Product::kLinear:
+      return kLaneLinears.at[rows - 1](tile);
     default:
       break;
   }
@@ -803,6 +925,8 @@ void RunPixels(Product product, int channels, const PixelBlock& block) {
       return kPixelClips.at[channels - 1](block);
     case Product::kSign:
       return kPixelSigns.at[channels - 1](block);
+    case Product::kLinear:
+      return kPixelLinears.at[channels - 1](block);
     case Product::kPairClip:
       return kPixelPairClips.at[channels - 1](block);
     default:

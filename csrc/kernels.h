@@ -21,20 +21,24 @@ struct Run {
 };
 
 enum class Product {
-  kAbs,   // Σ |x - w|
-  kMax,   // Σ x + Σ w - 2 Σ max(x, w): one operation less for each term, and cancellation
-  kClip,  // Σ clip(w - x, -bound, bound) g
-  kSign,  // Σ sign(w - x) g
-  kOuter, // Σ x g, over positions
-  kPairMax,   // kMax of 16-bit integers, see below
-  kPairClip,  // kClip of 16-bit integers
-  kPairOuter, // kOuter of 16-bit integers
+  kAbs,     // Σ |x - w|
+  kMax,     // Σ x + Σ w - 2 Σ max(x, w): one operation less for each term, and cancellation
+  kSquare,  // Σ (x - w)²
+  kClip,    // Σ clip(w - x, -bound, bound) g
+  kSign,    // Σ sign(w - x) g
+  kLinear,  // Σ (w - x) g
+  kOuter,   // Σ x g, over positions
+  kPairMax,     // kMax of 16-bit integers, see below
+  kPairSquare,  // kSquare of 16-bit integers
+  kPairClip,    // kClip of 16-bit integers
+  kPairLinear,  // kLinear of 16-bit integers
+  kPairOuter,   // kOuter of 16-bit integers
 };
 
 // In the products of pairs, what is typed as a float of `rows` and `panel` is two terms, integers of
 // 16 bits: instructions take twice as many of them as of floats. Code that copies operands moves
 // their bits. Integers are multiples of a step, and small enough (see grid.h) for sums of
-// kChunkTerms to fit: in 16 bits from `start` on for kPairMax, in 32 bits for kPairClip. In the outer
+// kChunkTerms to fit: in 16 bits from `start` on for kPairMax, in 32 bits for the others. In the outer
 // product the two terms are positions, and the sums of kChunkPositions fit in 32 bits.
 inline constexpr int kChunkTerms = 32;
 inline constexpr int kChunkPositions = 128;
@@ -56,16 +60,16 @@ struct Tile {
   bool add;  // to what `out` holds
   float factor;
 
-  const float* row_sums;     // kMax: Σ_k x for each row; of pairs, Σ of its integers
+  const float* row_sums;     // kMax: Σ_k x for each row; of pairs but kPairSquare, Σ of its integers
   const float* column_sums;  // kMax: Σ_k w for each lane; kPairMax: what to add to each lane
 
-  const float* targets;  // kClip, kSign
+  const float* targets;  // of gradients
   const int64_t* target_offsets;
   float bound;           // kClip
   bool panel_is_finite;  // kClip, kSign: whether NaN can come from x alone
 
-  float step;         // of pairs: of x and w
-  float row_step;     // kPairClip: of g
+  float step;         // of pairs: of x and w, of w alone for kPairLinear
+  float row_step;     // kPairClip, kPairLinear: of g
   int16_t start;      // kPairMax
   int16_t bound_steps;  // kPairClip: the bound, in steps
 };
@@ -103,7 +107,7 @@ struct PixelTap {
 //       ψ(w[tap.w_offset + k · channels + c] - x[c][v · lanes + lane])
 //       · g[k][starts[v] + tap.g_offset + lane]
 //
-// for kClip, kSign and kPairClip, which has Σ_k g in one more plane of g, as floats of integers.
+// for kClip, kSign, kLinear and kPairClip, which has Σ_k g in one more plane of g, as floats of integers.
 struct PixelBlock {
   const PixelTap* taps;
   int64_t num_taps;
@@ -130,10 +134,10 @@ inline constexpr int kMaxPixelChannels = 7;
 struct Kernels {
   const char* name;
   int lanes;            // floats in a vector
-  int forward_rows;     // most rows of a tile of kAbs and kMax
+  int forward_rows;     // most rows of a tile of kAbs, kMax and kSquare
   int forward_vectors;  // most vectors in a row of its panel
-  int gradient_rows;    // most rows of a tile of kClip and kSign, whose panels are one vector wide
-  int pair_max_rows;    // most rows of a tile of kPairMax
+  int gradient_rows;    // most rows of a tile of gradients, whose panels are one vector wide
+  int pair_max_rows;    // most rows of a tile of kPairMax and kPairSquare
   int pair_clip_rows;   // most rows of a tile of kPairClip, whose panels are too
   bool adds_products;   // in one instruction, without which kPairOuter is no quicker than kOuter
 

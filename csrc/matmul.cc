@@ -118,14 +118,14 @@ MatmulShape MergeRows(MatmulShape s) {
 
 // Computes y in pairs and returns true, or finds no grid for the values.
 template <typename T>
-bool MatmulInPairs(const Kernels& kernels, Pool& pool, MatmulShape s, const T* x, const T* w,
-                   float* y) {
+bool MatmulInPairs(const Kernels& kernels, Pool& pool, MatmulShape s, Product product, const T* x,
+                   const T* w, float* y) {
   const int64_t rows = s.batch * s.rows, terms = s.depth;
   if (!RepaysRounding(s.columns, 1)) return false;
-  Form form = {Product::kPairMax};
-  form.grid = Grid::ForMax(FindRange(kernels, pool, x, rows * terms));
+  const Form form =
+      Form::ForwardInPairs(product, FindRange(kernels, pool, x, rows * terms),
+                           FindRange(kernels, pool, w, s.w_batch * terms * s.columns));
   if (!form.grid.fits) return false;
-  if (!FindRange(kernels, pool, w, s.w_batch * terms * s.columns).finite) return false;
   const Pairs x_pairs(kernels, pool, form.grid, x, rows, terms);
   s.depth = PairCount(terms);
   const int64_t size = s.depth * s.columns;
@@ -147,14 +147,12 @@ bool MatmulDxInPairs(const Kernels& kernels, Pool& pool, MatmulShape s, Form for
                      const float* w, const float* g, float* dx) {
   const int64_t rows = s.batch * s.rows, terms = s.columns;
   if (!RepaysRounding(double(s.depth) * double(terms), s.depth + terms)) return false;
-  const Range range = FindRange(kernels, pool, x, rows * s.depth);
-  form.grid = Grid::ForClip(range, form.limit);
+  form = form.GradientInPairs(FindRange(kernels, pool, x, rows * s.depth),
+                              FindRange(kernels, pool, w, s.w_batch * s.depth * terms));
   const Grid row_grid = Grid::ForGradient(FindRange(kernels, pool, g, rows * terms));
   if (!form.grid.fits || !row_grid.fits) return false;
-  if (!FindRange(kernels, pool, w, s.w_batch * s.depth * terms).finite) return false;
   const Pairs g_pairs(kernels, pool, row_grid, g, rows, terms);
   const Pairs w_pairs(kernels, pool, form.grid, w, s.w_batch * s.depth, terms);
-  form.product = Product::kPairClip;
   form.row_step = row_grid.step;
   s.columns = PairCount(terms);
   const PanelShape shape(kernels, form, s.columns, s.depth);
@@ -174,9 +172,9 @@ void Matmul(const Kernels& kernels, Pool& pool, const MatmulShape& given, Produc
     std::fill_n(y, s.batch * s.rows * s.columns, -0.0f);
     return;
   }
-  if (product == Product::kPairMax) {
-    if (MatmulInPairs(kernels, pool, s, x, w, y)) return;
-    product = Product::kAbs;
+  if (IsOfPairs(product)) {
+    if (MatmulInPairs(kernels, pool, s, product, x, w, y)) return;
+    product = product == Product::kPairMax ? Product::kAbs : Product::kSquare;
   }
   const Form form = {product};
   const PanelShape shape(kernels, form, s.depth, s.columns);
@@ -193,7 +191,7 @@ void MatmulDx(const Kernels& kernels, Pool& pool, const MatmulShape& given, cons
     return;
   }
   if constexpr (std::is_same_v<T, float>) {
-    if (pairs && form.product == Product::kClip &&
+    if (pairs && form.product != Product::kSign &&
         MatmulDxInPairs(kernels, pool, s, form, x, w, g, dx)) {
       return;
     }

@@ -184,8 +184,24 @@ void Prefetch(const float* const* rows, int64_t count, const Run& run) {
 Form Form::Gradient(double scale, double bound) {
   const double limit = bound / scale;
   if (!(limit >= FLT_MIN)) return {Product::kSign, static_cast<float>(bound), 0};
-  if (limit > FLT_MAX) return {Product::kClip, static_cast<float>(scale), INFINITY};
+  if (limit > FLT_MAX) return {Product::kLinear, static_cast<float>(scale), INFINITY};
   return {Product::kClip, static_cast<float>(scale), static_cast<float>(limit)};
+}
+
+Form Form::ForwardInPairs(Product product, const Range& x, const Range& w) {
+  Form form = {product};
+  form.grid = product == Product::kPairSquare ? Grid::ForSquare(x.And(w)) : Grid::ForMax(x);
+  form.grid.fits &= w.finite;
+  return form;
+}
+
+Form Form::GradientInPairs(const Range& x, const Range& w) const {
+  const bool linear = product == Product::kLinear;
+  Form form = *this;
+  form.product = linear ? Product::kPairLinear : Product::kPairClip;
+  form.grid = linear ? Grid::ForLinear(w) : Grid::ForClip(x, limit);
+  form.grid.fits &= x.finite && w.finite;
+  return form;
 }
 
 PackedPanels::PackedPanels(Pool& pool, const Form& form, const PanelShape& shape, int64_t count,

@@ -15,31 +15,43 @@
 
 namespace jadder {
 
+inline bool IsOfPairs(Product product) {
+  return product == Product::kPairMax || product == Product::kPairSquare ||
+         product == Product::kPairClip || product == Product::kPairLinear;
+}
+
 // What is computed: a product, and for gradients ψ(d) = clip(scale · d, -bound, bound) written as
-// factor · clip(d, ±limit) or factor · sign(d).
+// factor · clip(d, ±limit), factor · sign(d) or factor · d.
 struct Form {
   Product product;
   float factor = -1;
   float limit = 0;
   bool lanewise = false;
-  float row_step = 0;  // kPairClip: of the operand that is read value by value
+  float row_step = 0;  // kPairClip, kPairLinear: of the operand that is read value by value
   Grid grid = {};      // of pairs: of the other two
 
   bool is_gradient() const {
-    return product == Product::kClip || product == Product::kSign || product == Product::kPairClip;
+    return product == Product::kClip || product == Product::kSign || product == Product::kLinear ||
+           product == Product::kPairClip || product == Product::kPairLinear;
   }
-  bool sums_rows() const { return product == Product::kMax || of_pairs(); }
+  bool sums_rows() const {
+    return product == Product::kMax || (of_pairs() && product != Product::kPairSquare);
+  }
   bool sums_columns() const { return product == Product::kMax || product == Product::kPairMax; }
-  bool of_pairs() const {
-    return product == Product::kPairMax || product == Product::kPairClip;
-  }
+  bool of_pairs() const { return IsOfPairs(product); }
   bool has_wide_panels() const { return !is_gradient() && !lanewise && !of_pairs(); }
   int most_rows(const Kernels& kernels) const {
-    if (product == Product::kPairMax) return kernels.pair_max_rows;
+    if (product == Product::kPairMax || product == Product::kPairSquare) {
+      return kernels.pair_max_rows;
+    }
     if (product == Product::kPairClip) return kernels.pair_clip_rows;
     return is_gradient() ? kernels.gradient_rows : kernels.forward_rows;
   }
   static Form Gradient(double scale, double bound);
+  // In pairs, on a grid for operands of such ranges, which may not fit: kPairMax or kPairSquare, and
+  // kClip or kLinear as kPairClip or kPairLinear.
+  static Form ForwardInPairs(Product product, const Range& x, const Range& w);
+  Form GradientInPairs(const Range& x, const Range& w) const;
 };
 
 inline constexpr int64_t kCacheBytes = 256 * 1024;  // of a second-level cache, for one operand

@@ -393,7 +393,23 @@ struct MaxTerm {
   }
 };
 
-// The terms of gradients, with ψ of `lane - target`; the first two need finite operands.
+// The difference and the product have units of their own: neither is worth moving.
+struct SquareTerm {
+  template <bool>
+  JADDER_INLINE static Vec Add(Vec sum, Vec row, Vec lane, Vec) {
+    const Vec difference = Sub(lane, row);
+    return Fma(difference, difference, sum);
+  }
+};
+
+// The terms of gradients, with ψ of `lane - target`; ClipTerm and SignTerm need finite operands.
+
+struct LinearTerm {
+  template <bool>
+  JADDER_INLINE static Vec Add(Vec sum, Vec target, Vec lane, Vec row, Vec, Vec) {
+    return Fma(Sub(lane, target), row, sum);
+  }
+};
 
 struct ClipTerm {
   template <bool kOdd>

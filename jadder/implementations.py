@@ -8,10 +8,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jadder.kernels import cpu, reference, xla
 from jadder.kernels.by_platform import ByPlatform, Refused
 from jadder.kernels.differentiable import Differentiable, XlaLoops
+from jadder.kernels.euclid import EuclidXlaKernels
 from jadder.kernels.interface import Kernels
 from jadder.kernels.partitioned import Partitioned
 from jadder.kernels.spec import ConvSpec
@@ -125,6 +127,38 @@ def select(
             _say_why_not_native()
         return _KERNELS["xla"]
     raise ValueError(f"{name}: implementation={implementation!r} cannot be used: {refusal}")
+
+
+def select_euclid(
+    name: str,
+    implementation: str | None,
+    dtype: jnp.dtype,
+    spec: ConvSpec | None,
+    out_dtype: jnp.dtype,
+    precision: lax.PrecisionLike,
+) -> Kernels | None:
+    """The kernels of the Euclid product, or None for XLA's matrix products.
+
+    Args are those of `select`, and ``precision``: where None leaves a program to XLA after all.
+
+    Raises:
+      ValueError: an implementation that there is not, or native code that cannot do it.
+    """
+    check_implementation(name, implementation)
+    if implementation is not None and not implementation.startswith("cpu"):
+        return None
+    refusal = cpu.unavailable() or cpu.unsupported(dtype, spec, out_dtype)
+    if refusal is not None:
+        if implementation is None:
+            return None
+        raise ValueError(f"{name}: implementation={implementation!r} cannot be used: {refusal}")
+    form: Literal["exact", "int16"] = "int16" if implementation == "cpu_int16" else "exact"
+    native, by_xla = cpu.CpuKernels(form, "l2"), EuclidXlaKernels(precision)
+    if implementation is None:
+        kernels: Kernels = ByPlatform("cpu", native, default=by_xla)
+    else:
+        kernels = _only_on("cpu", implementation, native, cpu.unavailable)
+    return Differentiable(Partitioned(kernels, by_xla), by=Partitioned(by_xla, by_xla))
 
 
 def _say_why_not_native() -> None:

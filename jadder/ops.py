@@ -33,7 +33,10 @@ Shared arguments:
     percent), ``"xla"`` (loops, on any platform), ``"reference"`` (the literal definition, for small
     tests), ``"mosaic_gpu"`` and ``"mosaic_tpu"`` (Pallas kernels, experimental), or None: ``"cpu"``
     on a CPU if it can do the job, else ``"xla"``, chosen when the program is lowered.
-    `jadder.implementations` says which there are.
+    `jadder.implementations` says which there are. Of a Euclid form ``"cpu"``, ``"cpu_fast"`` and
+    ``"cpu_int16"`` are one, native code that adds (a - b)² up; any other name is XLA's dot product
+    or convolution, which JAX differentiates by itself, forward mode too; None chooses as it does
+    for adder forms. With a mask it is XLA's.
 """
 
 import dataclasses
@@ -48,12 +51,12 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jadder.implementations import Implementation, select
+from jadder.implementations import Implementation, select, select_euclid
 from jadder.kernels import limits, linear, masked
 from jadder.kernels.interface import Kernels
 from jadder.kernels.spec import ConvSpec
 from jadder.kernels.varying import vary_alike
-from jadder.rules import ADDERNET, GradientRule, check_rule
+from jadder.rules import ADDERNET, Clip, GradientRule, check_rule
 
 OutSharding = NamedSharding | PartitionSpec | None
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -321,11 +324,12 @@ def euclid_dot_general(
     preferred_element_type: DTypeLike | None = None,
     *,
     out_sharding: OutSharding = None,
+    implementation: Implementation | None = "xla",
 ) -> Array:
     """``lax.dot_general`` with each product a·b replaced by -(a - b)²; exact gradients.
 
-    Computed as 2 a·b - Σa² - Σb², with one ordinary dot product. Arguments, result and errors are
-    those of `adder_dot_general`, floating-point operands only.
+    Arguments, result and errors are those of `adder_dot_general`, floating-point operands only.
+    ``"xla"`` computes 2 a·b - Σa² - Σb², with one ordinary dot product.
 
     Example:
       >>> import jax.numpy as jnp
@@ -335,7 +339,9 @@ def euclid_dot_general(
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     _check_dot("euclid_dot_general", lhs, rhs, dimension_numbers)
     x, kernel, shape = _as_matmul(lhs, rhs, dimension_numbers)
-    euclid = _Euclid.of("euclid_dot_general", x, None, precision, preferred_element_type)
+    euclid = _Euclid.of(
+        "euclid_dot_general", x, None, implementation, precision, preferred_element_type
+    )
     return _reshard(euclid(x, kernel).reshape(shape), out_sharding)
 
 
@@ -354,6 +360,7 @@ def euclid_conv_general_dilated(
     out_sharding: OutSharding = None,
     *,
     mask: ArrayLike | None = None,
+    implementation: Implementation | None = "xla",
 ) -> Array:
     """``lax.conv_general_dilated`` with each product a·b replaced by -(a - b)²; exact gradients.
 
@@ -380,7 +387,12 @@ def euclid_conv_general_dilated(
         batch_group_count,
     )
     euclid = _Euclid.of(
-        "euclid_conv_general_dilated", lhs, conv.spec, precision, preferred_element_type
+        "euclid_conv_general_dilated",
+        lhs,
+        conv.spec,
+        implementation,
+        precision,
+        preferred_element_type,
     )
     return _reshard(conv.apply(euclid, lhs, rhs, mask), out_sharding)
 
@@ -393,6 +405,7 @@ def euclid_einsum(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
+    implementation: Implementation | None = "xla",
 ) -> Array:
     """``jnp.einsum`` of two operands with each product a·b replaced by -(a - b)²; exact gradients.
 
@@ -405,7 +418,14 @@ def euclid_einsum(
     """
     x, kernel = _promote(x, kernel)
     dimension_numbers, order = _parse_einsum("euclid_einsum", subscripts, x, kernel)
-    y = euclid_dot_general(x, kernel, dimension_numbers, precision, preferred_element_type)
+    y = euclid_dot_general(
+        x,
+        kernel,
+        dimension_numbers,
+        precision,
+        preferred_element_type,
+        implementation=implementation,
+    )
     return _reshard(jnp.transpose(y, order), out_sharding)
 
 
@@ -416,6 +436,7 @@ def euclid_matmul(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
+    implementation: Implementation | None = "xla",
 ) -> Array:
     """y[..., n] = -Σ_k (x[..., k] - kernel[k, n])², for x (..., K) and kernel (K, N).
 
@@ -434,6 +455,7 @@ def euclid_matmul(
         precision,
         preferred_element_type,
         out_sharding=out_sharding,
+        implementation=implementation,
     )
 
 
@@ -450,6 +472,7 @@ def euclid_conv(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     out_sharding: OutSharding = None,
+    implementation: Implementation | None = "xla",
 ) -> Array:
     """The Euclid convolution, channels last; arguments and result as in `adder_conv`.
 
@@ -460,7 +483,9 @@ def euclid_conv(
     """
     return _short_conv(
         "euclid_conv",
-        functools.partial(euclid_conv_general_dilated, mask=mask),
+        functools.partial(
+            euclid_conv_general_dilated, mask=mask, implementation=implementation
+        ),
         x,
         kernel,
         strides,
@@ -599,14 +624,18 @@ def _differentiable_bwd(
 _differentiable.defvjp(_differentiable_fwd, _differentiable_bwd)
 
 
+_EXACT = GradientRule(x=Clip(2.0, math.inf), kernel=Clip(2.0, math.inf))  # of (x - w)²
+
+
 @dataclasses.dataclass(frozen=True)
 class _Euclid:
-    """One Euclid product, complete but for its operands; JAX differentiates it by itself."""
+    """One Euclid product by XLA, complete but for its operands; JAX differentiates it by itself."""
 
     spec: ConvSpec | None
     precision: lax.PrecisionLike
     accumulator: jnp.dtype
     result: jnp.dtype
+    native: _Product | None
 
     @classmethod
     def of(
@@ -614,13 +643,19 @@ class _Euclid:
         name: str,
         lhs: Array,
         spec: ConvSpec | None,
+        implementation: str | None,
         precision: lax.PrecisionLike,
         preferred_element_type: DTypeLike | None,
     ) -> "_Euclid":
-        dtypes = _dtypes(name, lhs.dtype, preferred_element_type, integers=False)
-        return cls(spec, _precision(precision), *dtypes)
+        accumulator, result = _dtypes(name, lhs.dtype, preferred_element_type, integers=False)
+        options = _precision(precision), accumulator, result
+        kernels = select_euclid(name, implementation, lhs.dtype, spec, accumulator, options[0])
+        native = None if kernels is None else _Product(name, spec, _EXACT, kernels, *options)
+        return cls(spec, *options, native)
 
     def __call__(self, x: Array, w: Array, seen: Array | None = None) -> Array:
+        if self.native is not None and seen is None:
+            return self.native(x, w)
         options: dict[str, Any] = {"out_dtype": self.accumulator, "precision": self.precision}
         if self.spec is None:
             y = linear.euclid_matmul(x, w, **options)

@@ -117,7 +117,8 @@ class MixedProduct(AdderOperator):
             # Both have the same gradient for the kernel: one of them gives all of it.
             euclid = _replaced(args, kernel, jax.lax.stop_gradient)
             adder = _replaced(args, kernel, lambda w: _scale_gradient(w, 1 / self.l1_share))
-        y: Array = (0.5 * (1 - self.l1_share)) * _EUCLID[type(self.adder)](*euclid, **kwargs)
+        of_euclid = kwargs | {"implementation": self.adder.implementation}
+        y: Array = (0.5 * (1 - self.l1_share)) * _EUCLID[type(self.adder)](*euclid, **of_euclid)
         return y if self.l1_share == 0 else y + self.l1_share * self.adder(*adder, **kwargs)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jadder.kernels import limits, linear
+from jadder.kernels import limits
 from jadder.kernels.spec import ConvSpec
 from jadder.kernels.varying import result_like_operands
 from jadder.rules import Clip
@@ -40,10 +40,14 @@ TARGETS = (
     "conv",
     "conv_dx",
     "conv_dw",
+    "euclid_matmul",
+    "euclid_conv",
     "int16_matmul",
     "int16_matmul_dx",
     "int16_matmul_dw",
     "int16_conv",
+    "int16_euclid_matmul",
+    "int16_euclid_conv",
     "int16_conv_dx",
     "int16_conv_dw",
     "integer_matmul",
@@ -86,16 +90,21 @@ class CpuKernels:
       256 positions or fewer. Anything else is "exact": values that are not finite, bfloat16
       gradients, steps that floats do not hold, max|x| > 126 limit, groups narrower than a vector,
       input dilation, and products that take too few terms of a value to repay its rounding.
+
+    With ``distance="l2"`` they are the Euclid product -Σ (x - w)², computed as written, and "fast"
+    is "exact"; its gradients are those of the rule ψ(d) = 2 d, for callers to ask for.
     """
 
     form: Literal["exact", "fast", "int16"] = "exact"
+    distance: Literal["l1", "l2"] = "l1"
 
     def matmul(self, x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
         """y[b, m, n] = -Σ_k |x[b, m, k] - w[b, k, n]|."""
         shape = (*x.shape[:2], w.shape[2])
         if jnp.issubdtype(x.dtype, jnp.integer):
             return _call("integer_matmul", shape, jnp.int32, (x, w))
-        return _call(self._target("matmul"), shape, out_dtype, (x, w), **self._fast())
+        target, attributes = self._forward("matmul")
+        return _call(target, shape, out_dtype, (x, w), **attributes)
 
     def matmul_dx(
         self,
@@ -108,8 +117,7 @@ class CpuKernels:
         precision: lax.PrecisionLike = None,
     ) -> Array:
         """dx[b, m, k] = Σ_n ψ(w[b, k, n] - x[b, m, k]) g[b, m, n]."""
-        if clip.is_linear:
-            return linear.matmul_dx(x, w, g, clip, out_dtype=out_dtype, precision=precision)
+        del precision
         return _call(self._target("matmul_dx"), x.shape, out_dtype, (x, w, g), **_clip(clip))
 
     def matmul_dw(
@@ -133,8 +141,8 @@ class CpuKernels:
         if jnp.issubdtype(x.dtype, jnp.integer):
             y = _call("integer_conv", shape, jnp.int32, operands, **_spec(spec))
         else:
-            options = {**_spec(spec), **self._fast()}
-            y = _call(self._target("conv"), shape, out_dtype, operands, **options)
+            target, attributes = self._forward("conv")
+            y = _call(target, shape, out_dtype, operands, **_spec(spec), **attributes)
         return y.reshape(out)
 
     def conv_dx(
@@ -149,8 +157,7 @@ class CpuKernels:
         precision: lax.PrecisionLike = None,
     ) -> Array:
         """dx[b, p, c] = Σ_{tap, f} ψ(w[tap, c, f] - x[b, p, c]) g[b, output(p, tap), f]."""
-        if clip.is_linear:
-            return linear.conv_dx(x, w, g, spec, clip, out_dtype=out_dtype, precision=precision)
+        del precision
         operands = _planar(x, 1), _planar(w, 0), _planar(g, 1)
         shape = operands[0].shape
         dx = _call(
@@ -182,9 +189,13 @@ class CpuKernels:
         """The handler of a product of floats."""
         return f"int16_{product}" if self.form == "int16" else product
 
-    def _fast(self) -> dict[str, Any]:
-        """The attribute that forward products in float32 have besides."""
-        return {} if self.form == "int16" else {"fast": np.bool_(self.form == "fast")}
+    def _forward(self, product: str) -> tuple[str, dict[str, Any]]:
+        """The handler of a forward product of floats, and its attributes."""
+        if self.distance == "l2":
+            return self._target(f"euclid_{product}"), {}
+        if self.form == "int16":
+            return self._target(product), {}
+        return product, {"fast": np.bool_(self.form == "fast")}
 
 
 def standardize(

@@ -55,13 +55,21 @@ from jadder.kernels.varying import vary_alike
 
 @dataclasses.dataclass(frozen=True)
 class Partitioned(ByName):
-    """``kernels``, each device computing with its blocks of sharded operands."""
+    """``kernels``, each device computing with its blocks of sharded operands.
+
+    Attributes:
+      kernels: of the six functions.
+      formula: what they compute, in operations that JAX has; None: the adder product.
+    """
 
     kernels: Kernels
+    formula: Kernels | None = None
 
     def _call(self, function: str, *operands: Array, **options: Any) -> Array:
         wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
-        product = Product(self.kernels, function, tuple(options.items()), wide)
+        product = Product(
+            self.kernels, function, tuple(options.items()), wide, formula=self.formula
+        )
         if jax.sharding.get_abstract_mesh().manual_axes:
             return product(*operands)
         return _product_p.bind(*operands, product=product)
@@ -75,6 +83,7 @@ class Product:
       wide: whether 64-bit types are enabled. The kernels may be traced later, and elsewhere.
       mapped: for each `jax.vmap` around it, the outermost first, which operands it maps over their
         leading dimension.
+      formula: as in `Partitioned`.
     """
 
     kernels: Kernels
@@ -82,6 +91,7 @@ class Product:
     options: tuple[tuple[str, Any], ...]
     wide: bool
     mapped: tuple[tuple[bool, ...], ...] = ()
+    formula: Kernels | None = None
 
     def __call__(self, *operands: Array) -> Array:
         """The result of operands of which this device holds all, or whole blocks."""
@@ -111,6 +121,8 @@ class Product:
 
     def literal(self) -> "Product":
         """The same function by its formula, in operations that JAX has."""
+        if self.formula is not None:
+            return dataclasses.replace(self, kernels=self.formula)
         clip = dict(self.options).get("clip")
         factors = clip is not None and clip.is_linear
         return dataclasses.replace(self, kernels=xla if factors else reference)
