@@ -483,9 +483,7 @@ def euclid_conv(
     """
     return _short_conv(
         "euclid_conv",
-        functools.partial(
-            euclid_conv_general_dilated, mask=mask, implementation=implementation
-        ),
+        functools.partial(euclid_conv_general_dilated, mask=mask, implementation=implementation),
         x,
         kernel,
         strides,

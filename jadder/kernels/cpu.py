@@ -91,8 +91,10 @@ class CpuKernels:
       gradients, steps that floats do not hold, max|x| > 126 limit, groups narrower than a vector,
       input dilation, and products that take too few terms of a value to repay its rounding.
 
-    With ``distance="l2"`` they are the Euclid product -Σ (x - w)², computed as written, and "fast"
-    is "exact"; its gradients are those of the rule ψ(d) = 2 d, for callers to ask for.
+    With ``distance="l2"`` they are the Euclid product -Σ (x - w)², whose gradients are those of the
+    rule ψ(d) = 2 d, for callers to ask for. "fast" is "exact" then; "int16" has for y the step
+    (max - min) / 4094 over the values of x and w, zero counting among them, and for dx, whose x
+    stays as it is, max|w| / 4095 and max|g| / 8191.
     """
 
     form: Literal["exact", "fast", "int16"] = "exact"

@@ -33,6 +33,8 @@ HANDLERS = {
     "int16_matmul": (MATMUL, 2, 2, {}),
     "int16_matmul_dx": (MATMUL, 3, 0, CLIP),
     "int16_matmul_dw": (MATMUL, 3, 1, CLIP),
+    "euclid_matmul": (MATMUL, 2, 2, {}),
+    "int16_euclid_matmul": (MATMUL, 2, 2, {}),
     "integer_matmul": (MATMUL, 2, 2, {}),
     "conv": (CONV, 2, 2, WINDOW | FAST),
     "conv_dx": (CONV, 3, 0, WINDOW | CLIP),
@@ -40,6 +42,8 @@ HANDLERS = {
     "int16_conv": (CONV, 2, 2, WINDOW),
     "int16_conv_dx": (CONV, 3, 0, WINDOW | CLIP),
     "int16_conv_dw": (CONV, 3, 1, WINDOW | CLIP),
+    "euclid_conv": (CONV, 2, 2, WINDOW),
+    "int16_euclid_conv": (CONV, 2, 2, WINDOW),
     "integer_conv": (CONV, 2, 2, WINDOW),
 }
 CONVOLUTIONS = [name for name in HANDLERS if "conv" in name]

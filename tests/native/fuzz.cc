@@ -62,8 +62,14 @@ Psi BoundedPsi(Random& random) {
   return random.To(2) ? Psi{1.0 + random.To(3), 1.0} : Psi{INFINITY, 2.0};
 }
 
+// The full-precision rule sums x and w apart, or multiplies zeros of padding with their difference,
+// and is not held to infinities.
+Psi AnyPsi(Random& random, bool spoil) {
+  return spoil || random.To(1) ? BoundedPsi(random) : Psi{0.5, INFINITY};
+}
+
 struct Results {
-  Doubles y, dx, dw;
+  Doubles y, squares, dx, dw;
 };
 
 // Poison for the products to write over: what they leave out is not zero by luck.
@@ -102,7 +108,16 @@ double MaxRounding(int64_t terms, const Doubles& x) {
   const double step = 2 * Largest(x) / 2046;
   return std::isfinite(step) ? static_cast<double>(terms) * step : 0;
 }
-double ClipRounding(int64_t terms, const Psi& psi, const Doubles& x, const Doubles& g) {
+double SquareRounding(int64_t terms, const Doubles& x, const Doubles& w) {
+  const double largest = std::fmax(Largest(x), Largest(w)), step = 2 * largest / 4094;
+  return std::isfinite(step) ? static_cast<double>(terms) * step * (4 * largest + step) : 0;
+}
+double DxRounding(int64_t terms, const Psi& psi, const Doubles& x, const Doubles& w,
+                  const Doubles& g) {
+  if (std::isinf(psi.bound)) {
+    const double rounding = Largest(g) * (Largest(w) / 4095 + (Largest(w) + Largest(x)) / 8191);
+    return static_cast<double>(terms) * psi.scale * rounding;
+  }
   const double limit = psi.bound / psi.scale, largest = Largest(g);
   const double step = (Largest(x) + limit) / 3900;
   if (std::isinf(psi.scale) || !std::isfinite(step) || !std::isfinite(largest)) return 0;
@@ -131,7 +146,7 @@ MatmulShape RandomMatmul(Random& random) {
 template <typename T>
 Results LiteralMatmul(const MatmulShape& s, const Psi& psi, const Psi& psi_w, const Operand<T>& x,
                       const Operand<T>& w, const Operand<T>& g) {
-  Results to = {Doubles(g.value.size()), Doubles(x.value.size()),
+  Results to = {Doubles(g.value.size()), Doubles(g.value.size()), Doubles(x.value.size()),
                 Doubles(s.batch * s.depth * s.columns)};
   for (int64_t b = 0; b < s.batch; ++b) {
     for (int64_t m = 0; m < s.rows; ++m) {
@@ -141,6 +156,7 @@ Results LiteralMatmul(const MatmulShape& s, const Psi& psi, const Psi& psi_w, co
           const int64_t matrix = s.w_batch == 1 ? 0 : b;
           const double d = x.value[i] - w.value[(matrix * s.depth + k) * s.columns + n];
           to.y[o] -= std::fabs(d);
+          to.squares[o] -= d * d;
           to.dx[i] += psi(-d) * g.value[o];
           to.dw[(b * s.depth + k) * s.columns + n] += psi_w(d) * g.value[o];
         }
@@ -154,9 +170,7 @@ template <typename T>
 void TryMatmul(const Kernels& kernels, Pool& pool, Random& random) {
   const MatmulShape s = RandomMatmul(random);
   const bool spoil = random.Once(4);
-  const Psi psi = BoundedPsi(random);
-  // The full-precision rule sums x and w apart, and is not held to infinities.
-  const Psi psi_w = spoil || random.To(1) ? BoundedPsi(random) : Psi{0.5, INFINITY};
+  const Psi psi = AnyPsi(random, spoil), psi_w = AnyPsi(random, spoil);
   const Operand<T> x(random, s.batch * s.rows * s.depth, spoil);
   const Operand<T> w(random, s.w_batch * s.depth * s.columns, spoil);
   const Operand<T> g(random, s.batch * s.rows * s.columns, spoil);
@@ -173,6 +187,12 @@ void TryMatmul(const Kernels& kernels, Pool& pool, Random& random) {
   Matmul<T>(kernels, pool, s, Product::kPairMax, x_data, w_data, out.data());
   Check("int16 y", out, expected.y, 1e-5,
         MaxRounding(s.depth, x.value));
+  out = Unset(expected.y.size());
+  Matmul<T>(kernels, pool, s, Product::kSquare, x_data, w_data, out.data());
+  Check("squares", out, expected.squares, 1e-5);
+  out = Unset(expected.y.size());
+  Matmul<T>(kernels, pool, s, Product::kPairSquare, x_data, w_data, out.data());
+  Check("int16 squares", out, expected.squares, 1e-5, SquareRounding(s.depth, x.value, w.value));
   out = Unset(expected.dx.size());
   const Form form = Form::Gradient(psi.scale, psi.bound);
   MatmulDx<T>(kernels, pool, s, form, false, x_data, w_data, g_data, out.data());
@@ -180,7 +200,7 @@ void TryMatmul(const Kernels& kernels, Pool& pool, Random& random) {
   out = Unset(expected.dx.size());
   MatmulDx<T>(kernels, pool, s, form, true, x_data, w_data, g_data, out.data());
   Check("int16 dx", out, expected.dx, 1e-4,
-        ClipRounding(s.columns, psi, x.value, g.value));
+        DxRounding(s.columns, psi, x.value, w.value, g.value));
   out = Unset(expected.dw.size());
   MatmulDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, false, x_data, w_data, g_data,
               out.data());
@@ -226,7 +246,8 @@ template <typename T>
 Results LiteralConv(const ConvShape& s, const Psi& psi, const Psi& psi_w, const Operand<T>& x,
                     const Operand<T>& w, const Operand<T>& g) {
   const int64_t c = s.channels / s.groups, f = s.filters / s.groups;
-  Results sums = {Doubles(g.value.size()), Doubles(x.value.size()), Doubles(w.value.size())};
+  Results sums = {Doubles(g.value.size()), Doubles(g.value.size()), Doubles(x.value.size()),
+                  Doubles(w.value.size())};
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t i = 0; i < s.out[0]; ++i)
       for (int64_t j = 0; j < s.out[1]; ++j)
@@ -242,6 +263,7 @@ Results LiteralConv(const ConvShape& s, const Psi& psi, const Psi& psi_w, const 
                 const int64_t to = ((b * s.out[0] + i) * s.out[1] + j) * s.filters + n;
                 const double d = (inside ? x.value[from] : 0.0) - w.value[at];
                 sums.y[to] -= std::fabs(d);
+                sums.squares[to] -= d * d;
                 if (inside) sums.dx[from] += psi(-d) * g.value[to];
                 sums.dw[at] += psi_w(d) * g.value[to];
               }
@@ -253,8 +275,7 @@ template <typename T>
 void TryConv(const Kernels& kernels, Pool& pool, Random& random) {
   const ConvShape s = RandomConv(random);
   const bool spoil = random.Once(4);
-  const Psi psi = BoundedPsi(random);
-  const Psi psi_w = spoil || random.To(1) ? BoundedPsi(random) : Psi{0.5, INFINITY};
+  const Psi psi = AnyPsi(random, spoil), psi_w = AnyPsi(random, spoil);
   const Operand<T> x(random, s.batch * s.in[0] * s.in[1] * s.channels, spoil);
   const Operand<T> w(random, s.window[0] * s.window[1] * s.channels / s.groups * s.filters, spoil);
   const Operand<T> g(random, s.batch * s.out[0] * s.out[1] * s.filters, spoil);
@@ -272,6 +293,13 @@ void TryConv(const Kernels& kernels, Pool& pool, Random& random) {
   Conv<T>(kernels, pool, s, Product::kPairMax, x_data, w_data, out.data());
   Check("int16 conv y", out, expected.y, 1e-5,
         MaxRounding(taps * s.channels / s.groups, x.value));
+  out = Unset(expected.y.size());
+  Conv<T>(kernels, pool, s, Product::kSquare, x_data, w_data, out.data());
+  Check("conv squares", out, expected.squares, 1e-5);
+  out = Unset(expected.y.size());
+  Conv<T>(kernels, pool, s, Product::kPairSquare, x_data, w_data, out.data());
+  Check("int16 conv squares", out, expected.squares, 1e-5,
+        SquareRounding(taps * s.channels / s.groups, x.value, w.value));
   out = Unset(expected.dx.size());
   const Form form = Form::Gradient(psi.scale, psi.bound);
   ConvDx<T>(kernels, pool, s, form, false, x_data, w_data, g_data, out.data());
@@ -279,7 +307,7 @@ void TryConv(const Kernels& kernels, Pool& pool, Random& random) {
   out = Unset(expected.dx.size());
   ConvDx<T>(kernels, pool, s, form, true, x_data, w_data, g_data, out.data());
   Check("int16 conv dx", out, expected.dx,
-        1e-4, ClipRounding(taps * s.filters / s.groups, psi, x.value, g.value));
+        1e-4, DxRounding(taps * s.filters / s.groups, psi, x.value, w.value, g.value));
   out = Unset(expected.dw.size());
   ConvDw<T>(kernels, pool, s, psi_w.scale, psi_w.bound, false, x_data, w_data, g_data, out.data());
   Check("conv dw", out, expected.dw, 1e-4);
