@@ -9,7 +9,8 @@ input's gradient and of the kernel's, each the minimum time over interleaved rep
 ratios: to the forward pass of ``jnp.dot`` or ``lax.conv_general_dilated`` on the same shape, and to
 the same pass of it. "naive" is the broadcast form that a reader of the paper writes first; where it
 would take more than 1 GiB of temporaries, the table says how much instead. "uint8" is the forward
-product of bytes, summed in int32.
+product of bytes, summed in int32. "euclid", "euclid_16" and "euclid_xla" are -Σ(x - w)², by the
+implementations "cpu", "cpu_int16" and "xla".
 """
 
 import argparse
@@ -38,7 +39,8 @@ from jadder import implementations, ops
 Product = Callable[..., Array]
 PASSES = ("forward", "dx", "dw")
 FORMS = {"naive": "reference", "xla": "xla", "cpu": "cpu", "cpu_fast": "cpu_fast",
-         "cpu_int16": "cpu_int16", "uint8": "cpu"}  # fmt: skip
+         "cpu_int16": "cpu_int16", "uint8": "cpu", "euclid": "cpu", "euclid_16": "cpu_int16",
+         "euclid_xla": "xla"}  # fmt: skip
 MEMORY_LIMIT = 2**30
 
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: {availability.about}")
     print(f"GMAC/s, minimum of {args.repeats} interleaved runs;")
     print("in brackets: / multiply's forward, / multiply's same pass\n")
-    print(f"{'shape':32} {'form':9}" + "".join(f"{name:>21}" for name in PASSES))
+    print(f"{'shape':32} {'form':10}" + "".join(f"{name:>21}" for name in PASSES))
     rows = []
     for shape in shapes:
         slow = shape in (*RESNET18_CONVS, *SINGLE_IMAGE_CONVS)
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in table:
             rows.append(row)
             cells = "".join(f"{_cell(row[p], table[0], p):>21}" for p in PASSES)
-            print(f"{row['shape']:32} {row['form']:9}{cells}", flush=True)
+            print(f"{row['shape']:32} {row['form']:10}{cells}", flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(
@@ -88,10 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(shape: Matmul | Conv, repeats: int, forms: Sequence[str]) -> list[dict[str, Any]]:
     """GMAC/s of the multiplying product, and then of each form, on one shape."""
-    multiply, adder, x_shape, w_shape = _products(shape)
+    multiply, adder, euclid, x_shape, w_shape = _products(shape)
     products = {"multiply": multiply}
     for form in forms:
-        products[form] = functools.partial(adder, implementation=FORMS[form])
+        product = euclid if form.startswith("euclid") else adder
+        products[form] = functools.partial(product, implementation=FORMS[form])
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = jax.random.normal(keys[0], x_shape), jax.random.normal(keys[1], w_shape)
     g = jax.random.normal(keys[2], jax.eval_shape(multiply, x, w).shape)
@@ -137,10 +140,13 @@ def _passes(product: Product) -> tuple[Callable[..., Array], ...]:
     return product, dx, dw
 
 
-def _products(shape: Matmul | Conv) -> tuple[Product, Product, tuple[int, ...], tuple[int, ...]]:
-    """The multiplying product, the adder product, and the shapes of x and w."""
+def _products(
+    shape: Matmul | Conv,
+) -> tuple[Product, Product, Product, tuple[int, ...], tuple[int, ...]]:
+    """The multiplying product, the adder and the Euclid product, and the shapes of x and w."""
     if isinstance(shape, Matmul):
-        return jnp.dot, ops.adder_matmul, (shape.m, shape.k), (shape.k, shape.n)
+        shapes = (shape.m, shape.k), (shape.k, shape.n)
+        return jnp.dot, ops.adder_matmul, ops.euclid_matmul, *shapes
 
     arguments: dict[str, Any] = {
         "window_strides": (shape.stride, shape.stride),
@@ -150,9 +156,10 @@ def _products(shape: Matmul | Conv) -> tuple[Product, Product, tuple[int, ...], 
     }
     multiply = functools.partial(lax.conv_general_dilated, **arguments)
     adder = functools.partial(ops.adder_conv_general_dilated, **arguments)
+    euclid = functools.partial(ops.euclid_conv_general_dilated, **arguments)
     x_shape = (shape.batch, shape.size, shape.size, shape.channels)
     w_shape = (shape.window, shape.window, shape.channels // shape.groups, shape.features)
-    return multiply, adder, x_shape, w_shape
+    return multiply, adder, euclid, x_shape, w_shape
 
 
 if __name__ == "__main__":

@@ -107,7 +107,11 @@ def test_every_native_product_is_among_the_checks(dtype, implementation):
     def products(x, w):
         y = jadder.adder_conv(x, w, preferred_element_type=wide, **options)
         flat = jadder.adder_matmul(x[0, 0], w[0, 0], preferred_element_type=wide, **options)
-        return y.sum() + flat.sum()
+        total = y.sum() + flat.sum()
+        if wide:
+            return total
+        total += jadder.euclid_conv(x, w, implementation=implementation).sum()
+        return total + jadder.euclid_matmul(x[0, 0], w[0, 0], implementation=implementation).sum()
 
     function = products if wide else jax.value_and_grad(products, (0, 1))
     file = jax.export.export(jax.jit(function), disabled_checks=jadder.DISABLED_CHECKS)(x, w)
