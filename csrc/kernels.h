@@ -136,6 +136,7 @@ struct Kernels {
   int lanes;            // floats in a vector
   int forward_rows;     // most rows of a tile of kAbs, kMax and kSquare
   int forward_vectors;  // most vectors in a row of its panel
+  bool wide_sums;       // whether kAbs and kSquare are quicker with so many, not kMax alone
   int gradient_rows;    // most rows of a tile of gradients, whose panels are one vector wide
   int pair_max_rows;    // most rows of a tile of kPairMax and kPairSquare
   int pair_clip_rows;   // most rows of a tile of kPairClip, whose panels are too

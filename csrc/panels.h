@@ -39,7 +39,11 @@ struct Form {
   }
   bool sums_columns() const { return product == Product::kMax || product == Product::kPairMax; }
   bool of_pairs() const { return IsOfPairs(product); }
-  bool has_wide_panels() const { return !is_gradient() && !lanewise && !of_pairs(); }
+  bool has_wide_panels(const Kernels& kernels) const {
+    if (lanewise) return false;
+    if (product == Product::kAbs || product == Product::kSquare) return kernels.wide_sums;
+    return product == Product::kMax;
+  }
   int most_rows(const Kernels& kernels) const {
     if (product == Product::kPairMax || product == Product::kPairSquare) {
       return kernels.pair_max_rows;
@@ -74,7 +78,7 @@ struct PanelShape {
       : depth(depth),
         columns(columns),
         lanes(kernels.lanes),
-        full_width(lanes * (form.has_wide_panels() ? kernels.forward_vectors : 1)),
+        full_width(lanes * (form.has_wide_panels(kernels) ? kernels.forward_vectors : 1)),
         count(CeilDiv(columns, full_width)),
         last_used(columns - (count - 1) * full_width),
         last_width(CeilDiv(last_used, lanes) * lanes),
