@@ -695,7 +695,8 @@ def _adder_product(
     accumulator = np.dtype(dict(product.options)["out_dtype"])
     floating = not np.issubdtype(accumulator, np.integer)
     operand = accumulator.name if floating else _width(operands[0])
-    return Counter({("subtract", operand): terms, ("absolute", operand): terms,
+    distance = "absolute" if product.is_adder else "multiply"
+    return Counter({("subtract", operand): terms, (distance, operand): terms,
                     ("add", accumulator.name): terms})  # fmt: skip
 
 

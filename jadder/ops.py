@@ -33,10 +33,10 @@ Shared arguments:
     percent), ``"xla"`` (loops, on any platform), ``"reference"`` (the literal definition, for small
     tests), ``"mosaic_gpu"`` and ``"mosaic_tpu"`` (Pallas kernels, experimental), or None: ``"cpu"``
     on a CPU if it can do the job, else ``"xla"``, chosen when the program is lowered.
-    `jadder.implementations` says which there are. Of a Euclid form ``"cpu"``, ``"cpu_fast"`` and
-    ``"cpu_int16"`` are one, native code that adds (a - b)² up; any other name is XLA's dot product
-    or convolution, which JAX differentiates by itself, forward mode too; None chooses as it does
-    for adder forms. With a mask it is XLA's.
+    `jadder.implementations` says which there are. Of a Euclid form ``"cpu"`` and ``"cpu_fast"`` are
+    native code that adds (a - b)² up, ``"cpu_int16"`` that of rounded operands, neither in forward
+    mode; any other name, as a mask, leaves it to XLA's dot product or convolution, which JAX
+    differentiates in every mode; None chooses as for adder forms.
 """
 
 import dataclasses

@@ -159,6 +159,16 @@ def test_matmuls_of_every_implementation(implementation: Any) -> None:
     assert adder_terms(product, floats(2, 5, 7), floats(7, 3)) == (210, 210, 210)
 
 
+@pytest.mark.skipif(not jadder.implementations()["cpu"].available, reason="no native code")
+def test_native_euclid_products_multiply() -> None:
+    def product(x: Any, w: Any) -> Any:
+        return jadder.euclid_matmul(x, w, implementation="cpu")
+
+    counts = count_operations(product, floats(2, 5, 7), floats(7, 3))
+    names = ("subtract", "multiply", "add")
+    assert counts.total.operations == {(name, "float32"): 210 for name in names}
+
+
 def test_the_reference_counts_as_it_is_written() -> None:
     def product(x: Any, w: Any) -> Any:
         return jadder.adder_conv(x, w, implementation="reference")

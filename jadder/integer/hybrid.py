@@ -174,6 +174,10 @@ def _evaluate(function: Callable[[Any], Any], x: Array, substitute: Substitute) 
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
+def _is_adder_product(equation: Any) -> bool:
+    return equation.primitive.name == "adder_product" and equation.params["product"].is_adder
+
+
 def _evaluate_jaxpr(
     jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], follow: Any, substitute: Substitute
 ) -> list[Any]:
@@ -187,7 +191,7 @@ def _evaluate_jaxpr(
             i for i, v in enumerate(variables) if not isinstance(v, core.Literal) and v in dependent
         }
         inner = call_of(equation)
-        if equation.primitive.name == "adder_product" and followed == {0}:
+        if _is_adder_product(equation) and followed == {0}:
             results = [substitute(equation, operands)]
         elif inner is not None:
             results = _evaluate_jaxpr(inner.jaxpr, inner.consts, operands, followed, substitute)

@@ -479,6 +479,8 @@ def _convolution(
 
 def _adder_product(context: _Context, x: Any, w: Any) -> Traced:
     product = context.params["product"]
+    if not product.is_adder:
+        raise context.refused("of squared differences")
     if not isinstance(x, Traced) or isinstance(w, Traced) or product.mapped:
         raise context.refused("of two values that depend on the images")
     kernel = np.asarray(w, np.float32)

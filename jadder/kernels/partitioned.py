@@ -127,6 +127,11 @@ class Product:
         factors = clip is not None and clip.is_linear
         return dataclasses.replace(self, kernels=xla if factors else reference)
 
+    @property
+    def is_adder(self) -> bool:
+        """Whether it is a sum of absolute differences, or a gradient of one."""
+        return self.formula is None
+
     def layout(self, operands: Sequence[Any]) -> Layout:
         """Of operands that have shapes."""
         spec = dict(self.options).get("spec")

@@ -172,3 +172,18 @@ def test_hybrid_keeps_floats_around_the_products():
     assert len(program.products) == 6
     assert all(each.kernel.dtype == np.uint8 for each in program.products)
     assert relative_error(program, model, images, normalized(images)) < 0.1
+
+
+@pytest.mark.skipif(
+    not jadder.implementations()["cpu"].available, reason="Euclid products are primitives natively"
+)
+def test_native_euclid_products_are_not_taken_for_adders():
+    x = np.random.default_rng(0).uniform(size=(16, 6)).astype(np.float32)
+    w, v = (jnp.asarray(a, jnp.float32) for a in np.random.default_rng(1).normal(size=(2, 6, 6)))
+
+    def model(x):
+        return jadder.adder_matmul(jadder.euclid_matmul(x, v, implementation="cpu") + 5, w)
+
+    with pytest.raises(ValueError, match="of squared differences has no integer form"):
+        jadder.quantize(model, x)
+    assert len(jadder.quantize(model, x, hybrid=True).products) == 1
