@@ -185,6 +185,16 @@ def test_so_do_gradients_that_are_matrix_products(implementation, product, case)
     check_passes(function, case, two_axes(), *operands_of(product))
 
 
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no native code")
+@pytest.mark.parametrize("case", ["batch, features", "batch, contraction"])
+@pytest.mark.parametrize("product", ["matmul", "conv"])
+def test_so_do_native_euclid_products(product, case):
+    function = {"matmul": jadder.euclid_matmul, "conv": jadder.euclid_conv}[product]
+    case = (MATMULS if product == "matmul" else CONVS)[case]
+    function = functools.partial(function, implementation="cpu")
+    check_passes(function, case, two_axes(), *operands_of(product))
+
+
 @pytest.mark.parametrize("case", ["batch, features", "batch, contraction"])
 @pytest.mark.parametrize("product", ["matmul", "conv"])
 def test_so_do_products_in_a_shard_map(implementation, product, case):
