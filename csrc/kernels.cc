@@ -1,8 +1,8 @@
 // The register tiles. Compiled once for each instruction set (see simd.h).
 //
 // A tile keeps its sums in registers while the terms stream by: for each term one load for each row
-// and one for each vector of the panel, against rows × vectors terms of arithmetic. 12 rows × 1 or 2
-// vectors (5 × 2 with 16 registers) therefore leave the arithmetic as the limit, as in a BLAS.
+// and one for each vector of the panel, against rows × vectors terms of arithmetic. 12 rows × 1 or
+// 2 vectors (5 × 2 with 16 registers) therefore leave the arithmetic as the limit, as in a BLAS.
 
 #include "kernels.h"
 
@@ -80,6 +80,12 @@ JADDER_INLINE void SumTerms(const Tile& tile, Vec (&sum)[kRows][kVectors]) {
   }
 }
 
+// Writes, or adds, one vector of a row of the result.
+JADDER_INLINE void StoreResult(const Tile& tile, int row, int vector, Vec value) {
+  float* out = tile.out + tile.offsets[row] + vector * kLanes;
+  Store(out, tile.add ? Load(out) + value : value);
+}
+
 template <class Term, bool kLanewise, int kRows, int kVectors>
 __attribute__((noinline)) void SumTile(const Tile& tile) {
   Vec sum[kRows][kVectors] = {};
@@ -89,9 +95,7 @@ __attribute__((noinline)) void SumTile(const Tile& tile) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      float* out = tile.out + tile.offsets[r] + v * kLanes;
-      const Vec value = sum[r][v] * factor;
-      Store(out, tile.add ? Load(out) + value : value);
+      StoreResult(tile, r, v, sum[r][v] * factor);
     }
   }
 }
@@ -123,10 +127,8 @@ void MaxTile(const Tile& tile) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      float* out = tile.out + tile.offsets[r] + v * kLanes;
       const Vec both = Broadcast(tile.row_sums[r]) + Load(tile.column_sums + v * kLanes);
-      const Vec value = (sum[r][v] + sum[r][v] - both) * factor;
-      Store(out, tile.add ? Load(out) + value : value);
+      StoreResult(tile, r, v, (sum[r][v] + sum[r][v] - both) * factor);
     }
   }
 }
@@ -226,8 +228,9 @@ void PairMaxTile(const Tile& tile) {
   const Vec ones = BroadcastPair(1);
   Vec total[kRows][2] = {};  // in memory, until the end
   int64_t flushes = 0;
+  const Vec start = BroadcastPair(tile.start);
   SumTwoPairs<PairMaxTerm, kRows>(
-      tile, BroadcastPair(tile.start), [&](const Vec (&sum)[kRows][2]) __attribute__((always_inline)) {
+      tile, start, [&](const Vec (&sum)[kRows][2]) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       total[r][0] = AddProducts(total[r][0], sum[r][0], ones);
@@ -240,11 +243,9 @@ void PairMaxTile(const Tile& tile) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     const float both = tile.row_sums[r] + started;  // of the row, and what sums began with
-    float* out = tile.out + tile.offsets[r];
     const Vec rest = Load(tile.column_sums) - Broadcast(both * tile.step);
     const Vec sum = ToFloats(AddNeighbours(total[r][0], total[r][1]));
-    const Vec value = Fma(sum, twice, rest * Broadcast(tile.factor));
-    Store(out, tile.add ? Load(out) + value : value);
+    StoreResult(tile, r, 0, Fma(sum, twice, rest * Broadcast(tile.factor)));
   }
 }
 
@@ -260,10 +261,31 @@ void PairSquareTile(const Tile& tile) {
   });
   const Vec factor = Broadcast(tile.factor * tile.step * tile.step);
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    float* out = tile.out + tile.offsets[r];
-    const Vec value = total[r] * factor;
-    Store(out, tile.add ? Load(out) + value : value);
+  for (int r = 0; r < kRows; ++r) StoreResult(tile, r, 0, total[r] * factor);
+}
+
+// Adds Σ of_lane(r, panel) · g to total[r], where rows are g. Chunks' sums fit 32 bits.
+template <int kRows, class OfLane>
+JADDER_INLINE void SumPairProducts(const Tile& tile, Vec (&total)[kRows], OfLane of_lane) {
+  const float* panel = tile.panel;
+  for (int64_t i = 0; i < tile.num_runs; ++i) {
+    ForEachChunk(tile.runs[i], [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
+      const Chunk<kRows> chunk(tile, begin, length);
+      Vec sum[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sum[r] = Broadcast(0);
+      for (int64_t k = -chunk.bytes; k < 0; k += sizeof(float), panel += kLanes) {
+        const Vec lane = Load(panel);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const float* g = reinterpret_cast<const float*>(chunk.row_end[r] + k);
+          sum[r] = AddBroadcastProducts(sum[r], of_lane(r, lane), g);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) total[r] = total[r] + ToFloats(sum[r]);
+      ForgetLoads();
+    });
   }
 }
 
@@ -280,67 +302,24 @@ void PairClipTile(const Tile& tile) {
     high[r] = AddPairs(both, bound);
     total[r] = ToFloats(x) * Broadcast(-tile.row_sums[r]);
   }
-  const float* panel = tile.panel;
-  for (int64_t i = 0; i < tile.num_runs; ++i) {
-    ForEachChunk(tile.runs[i], [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
-      const Chunk<kRows> chunk(tile, begin, length);
-      Vec sum[kRows];
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) sum[r] = Broadcast(0);
-      for (int64_t k = -chunk.bytes; k < 0; k += sizeof(float), panel += kLanes) {
-        const Vec lane = Load(panel);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const Vec clipped = MinPairs(MaxPairs(lane, low[r]), high[r]);
-          const float* g = reinterpret_cast<const float*>(chunk.row_end[r] + k);
-          sum[r] = AddBroadcastProducts(sum[r], clipped, g);
-        }
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) total[r] = total[r] + ToFloats(sum[r]);
-      ForgetLoads();
-    });
-  }
+  SumPairProducts(tile, total, [&](int r, Vec lane) __attribute__((always_inline)) {
+    return MinPairs(MaxPairs(lane, low[r]), high[r]);
+  });
   const Vec factor = Broadcast(tile.factor * tile.step * tile.row_step);
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    float* out = tile.out + tile.offsets[r];
-    const Vec value = total[r] * factor;
-    Store(out, tile.add ? Load(out) + value : value);
-  }
+  for (int r = 0; r < kRows; ++r) StoreResult(tile, r, 0, total[r] * factor);
 }
 
 // Σ (w - x) g = Σ w g - x Σ g, where x need not be on a grid.
 template <int kRows>
 void PairLinearTile(const Tile& tile) {
   Vec total[kRows] = {};
-  const float* panel = tile.panel;
-  for (int64_t i = 0; i < tile.num_runs; ++i) {
-    ForEachChunk(tile.runs[i], [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
-      const Chunk<kRows> chunk(tile, begin, length);
-      Vec sum[kRows];
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) sum[r] = Broadcast(0);
-      for (int64_t k = -chunk.bytes; k < 0; k += sizeof(float), panel += kLanes) {
-        const Vec lane = Load(panel);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const float* g = reinterpret_cast<const float*>(chunk.row_end[r] + k);
-          sum[r] = AddBroadcastProducts(sum[r], lane, g);
-        }
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) total[r] = total[r] + ToFloats(sum[r]);
-      ForgetLoads();
-    });
-  }
+  SumPairProducts(tile, total, [](int, Vec lane) __attribute__((always_inline)) { return lane; });
   const Vec step = Broadcast(tile.step), factor = Broadcast(tile.factor * tile.row_step);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    float* out = tile.out + tile.offsets[r];
     const Vec x = Load(tile.targets + tile.target_offsets[r]);
-    const Vec value = Fma(total[r], step, x * Broadcast(-tile.row_sums[r])) * factor;
-    Store(out, tile.add ? Load(out) + value : value);
+    StoreResult(tile, r, 0, Fma(total[r], step, x * Broadcast(-tile.row_sums[r])) * factor);
   }
 }
 
@@ -375,11 +354,7 @@ JADDER_INLINE void GradientTile(const Tile& tile) {
   }
   const Vec factor = Broadcast(tile.factor);
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    float* out = tile.out + tile.offsets[r];
-    const Vec value = sum[r] * factor;
-    Store(out, tile.add ? Load(out) + value : value);
-  }
+  for (int r = 0; r < kRows; ++r) StoreResult(tile, r, 0, sum[r] * factor);
 }
 
 template <bool kLanewise, int kRows>
@@ -1078,7 +1053,7 @@ inline constexpr bool kAddsProducts = false;
 
 const Kernels kKernels = {
     JADDER_NAME(JADDER_ISA), kLanes, kForwardRows, kForwardVectors, kWideSums, kGradientRows,
-    kPairMaxRows, kPairClipRows, kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums, RunOuter,
-    RunLanewiseOuter, RunPixels, Transpose, PlaneSums, AddRows, WidenRange, RoundToGrid, PairUp};
+    kPairMaxRows, kPairClipRows, kAddsProducts, RunProduct, RunLanewiseProduct, RowSums, PairSums,
+    RunOuter, RunLanewiseOuter, RunPixels, Transpose, PlaneSums, AddRows, WidenRange, RoundToGrid, PairUp};
 
 }  // namespace jadder::JADDER_ISA

@@ -627,7 +627,7 @@ _EXACT = GradientRule(x=Clip(2.0, math.inf), kernel=Clip(2.0, math.inf))  # of (
 
 @dataclasses.dataclass(frozen=True)
 class _Euclid:
-    """One Euclid product by XLA, complete but for its operands; JAX differentiates it by itself."""
+    """One Euclid product, complete but for its operands: ``native``, or in JAX's own operations."""
 
     spec: ConvSpec | None
     precision: lax.PrecisionLike
